@@ -1,0 +1,99 @@
+"""Bijections: one contract, a value and its log-determinant, in both directions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.transforms import Transform
+
+
+class Bijection(ABC):
+    """An invertible map from base z to sample x, built for one context: a throw-away object that owns no parameters."""
+
+    @abstractmethod
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (\\*batch, dim) -> x = f(z) (\\*batch, dim) and log|det dx/dz| (\\*batch)."""
+
+    @abstractmethod
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (\\*batch, dim) -> z = f⁻¹(x) (\\*batch, dim) and log|det dz/dx| (\\*batch)."""
+
+
+class Layer(nn.Module, ABC):
+    """A module whose call gives a :class:`Bijection`: it owns the parameters, or the network that makes them."""
+
+    @abstractmethod
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        """context (\\*batch, context_dim) or None -> the bijection for that context."""
+
+
+class Compose(Bijection):
+    """f = f_K ∘ ... ∘ f_1: the first bijection is applied first; log-determinants add."""
+
+    def __init__(self, bijections: Sequence[Bijection]):
+        self.bijections = tuple(bijections)
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(z.shape[:-1])
+        for bijection in self.bijections:
+            z, logdet = bijection.forward_and_logdet(z)
+            total = total + logdet
+        return z, total
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[:-1])
+        for bijection in reversed(self.bijections):
+            x, logdet = bijection.inverse_and_logdet(x)
+            total = total + logdet
+        return x, total
+
+
+class Inverse(Bijection):
+    """f⁻¹ of a bijection f: the two directions exchanged."""
+
+    def __init__(self, bijection: Bijection):
+        self.bijection = bijection
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse_and_logdet(z)
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.bijection.forward_and_logdet(x)
+
+
+class Inverted(Layer):
+    """The layer whose bijection is the :class:`Inverse` of another layer's (MAF is an inverted IAF layer)."""
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        return Inverse(self.layer(context))
+
+
+class BijectionTransform(Transform):
+    """A bijection as a ``torch.distributions`` transform from base z to sample x, for ``TransformedDistribution``."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, bijection: Bijection):
+        super().__init__(cache_size=0)
+        self.bijection = bijection
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.bijection.forward_and_logdet(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.bijection.inverse_and_logdet(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.bijection.forward_and_logdet(x)[1]
+
+    def with_cache(self, cache_size: int = 1) -> BijectionTransform:
+        return self  # nothing is cached: a cached log-determinant goes stale when parameters move

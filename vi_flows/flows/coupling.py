@@ -1,0 +1,58 @@
+"""Coupling layers: part of the coordinates conditions an elementwise map of the rest (Dinh et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .bijection import Bijection, Layer
+from .networks import Conditioner
+from .univariate import Univariate
+
+
+class CouplingBijection(Bijection):
+    """x_keep = z_keep, x_change = univariate(z_change; raw(z_keep, context)); a univariate's log-determinant."""
+
+    def __init__(self, layer: Coupling, context: Tensor | None):
+        self.layer, self.context = layer, context
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Bijection]:
+        keep, change = z[..., self.layer.keep], z[..., self.layer.change]
+        return keep, change, self.layer.univariate(self.layer.conditioner(keep, self.context))
+
+    def join(self, keep: Tensor, changed: Tensor) -> Tensor:
+        keep = keep.expand(*changed.shape[:-1], -1)
+        return torch.cat([keep, changed], -1)[..., self.layer.restore]
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        keep, change, univariate = self.parts(z)
+        changed, logdet = univariate.forward_and_logdet(change)
+        return self.join(keep, changed), logdet
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        keep, change, univariate = self.parts(x)
+        changed, logdet = univariate.inverse_and_logdet(change)
+        return self.join(keep, changed), logdet
+
+
+class Coupling(Layer):
+    """A coupling layer of any univariate: with affine it is RealNVP's, with rational_quadratic a neural spline's.
+
+    Parameters
+    ----------
+    mask: dim booleans; True marks the coordinates that change.
+    """
+
+    def __init__(self, mask: Sequence[bool], univariate: Univariate, hidden: Sequence[int], context: int | None = None):
+        super().__init__()
+        change = torch.as_tensor(mask)
+        self.univariate = univariate
+        self.register_buffer("keep", (~change).nonzero()[:, 0])
+        self.register_buffer("change", change.nonzero()[:, 0])
+        self.register_buffer("restore", torch.cat([self.keep, self.change]).argsort())
+        self.conditioner = Conditioner(len(self.keep), len(self.change), univariate.count, hidden, context)
+
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        return CouplingBijection(self, context)

@@ -1,0 +1,145 @@
+"""Flow, a module, and FlowDistribution, the Pyro distribution that a flow gives for a context."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor, nn
+from torch.distributions import constraints
+
+from .bases import Base
+from .bijection import Bijection, BijectionTransform, Compose, Layer
+
+
+class NotConverged(RuntimeError):
+    """A numerical inverse has not reached its tolerance."""
+
+
+class FlowDistribution(TorchDistribution):
+    """The law of x = f(z), z ~ base: log q(x) = log q₀(f⁻¹(x)) + log|det df⁻¹/dx|.
+
+    Event shape (dim,); the batch shape is the context's. Built by :class:`Flow` for one context and thrown away: it
+    remembers the (x, log q) of its last reparametrised draw, so that scoring that very tensor costs nothing.
+
+    Raises
+    ------
+    ValueError for a value whose last size is not dim; NotConverged if a numerical inverse fails at a finite value.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Base, bijection: Bijection, batch_shape: Size = Size()):
+        self.base, self.bijection = base, bijection
+        self._drawn: tuple[Tensor, int, Tensor] | None = None
+        super().__init__(Size(batch_shape), Size((base.dim,)), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> FlowDistribution:
+        """The same law over a larger batch shape: parameters broadcast, draws are independent."""
+        try:
+            fits = torch.broadcast_shapes(self.batch_shape, tuple(batch_shape)) == Size(batch_shape)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"batch_shape: {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}")
+        return FlowDistribution(self.base, self.bijection, Size(batch_shape))
+
+    def from_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The draw x (\\*shape, dim) that base noise makes, and its log q (\\*shape): a pure function of the noise."""
+        z = self.base.transform(noise)
+        x, logdet = self.bijection.forward_and_logdet(z)
+        return x, self.base.log_prob(z) - logdet
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Reparametrised draws (\\*sample_shape, \\*batch_shape, dim) and their log q, in one pass."""
+        return self.from_noise(self.base.noise(Size(sample_shape) + self.batch_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        x, log_q = self.rsample_and_log_prob(sample_shape)
+        if torch.is_grad_enabled():  # a pair drawn without a graph must not stand in for one with it
+            self._drawn = (x, x._version, log_q)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q of any value (..., dim), whether drawn here or not."""
+        if self._drawn is not None and self._drawn[0] is value and self._drawn[1] == value._version:
+            return self._drawn[2]
+        if value.dim() == 0 or value.shape[-1] != self.base.dim:
+            raise ValueError(f"value: expected shape (..., {self.base.dim}), got {tuple(value.shape)}")
+        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        z, logdet = self.bijection.inverse_and_logdet(value)
+        log_q = self.base.log_prob(z) + logdet
+        self._check_converged(value, log_q)
+        return log_q
+
+    def as_transform(self) -> BijectionTransform:
+        """The ``torch.distributions`` transform from base z to sample x."""
+        return BijectionTransform(self.bijection)
+
+    @staticmethod
+    def _check_converged(value: Tensor, log_q: Tensor) -> None:
+        try:
+            failed = int((log_q.isnan() & value.isfinite().all(-1)).sum())
+        except RuntimeError:  # inside vmap or a capture no value can be read: NaN stays to tell
+            return
+        if failed:
+            raise NotConverged(
+                f"log_prob: the inverse did not converge at {failed} of {log_q.numel()} finite values; "
+                "use float64, or a flow with less extreme parameters"
+            )
+
+
+class Flow(nn.Module):
+    """A base distribution and a stack of layers; ``flow(context)`` is a :class:`FlowDistribution`.
+
+    Parameters
+    ----------
+    layers: applied in order from base z to sample x.
+    base: the law of z; its ``dim`` is the flow's.
+    context: size of the context that the layers were built for, or None.
+
+    Raises
+    ------
+    ValueError if a context is missing, superfluous, or of another size.
+    """
+
+    def __init__(self, layers: Sequence[Layer], base: Base, context: int | None = None):
+        super().__init__()
+        self.layers, self.base, self.context = nn.ModuleList(layers), base, context
+
+    @property
+    def dim(self) -> int:
+        return self.base.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.anchor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.anchor.device
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        if (context is None) != (self.context is None) or (
+            context is not None and (context.dim() == 0 or context.shape[-1] != self.context)
+        ):
+            expected = "None" if self.context is None else f"a tensor of shape (..., {self.context})"
+            got = "None" if context is None else f"shape {tuple(context.shape)}"
+            raise ValueError(f"context: expected {expected}, got {got}; the recipe's context= says what a flow takes")
+        bijection = Compose([layer(context) for layer in self.layers])
+        return FlowDistribution(self.base, bijection, Size() if context is None else context.shape[:-1])
+
+    def with_base(self, base: Base) -> Flow:
+        """The same layers (shared, not copied) over another base."""
+        if base.dim != self.dim:
+            raise ValueError(f"base: expected dim {self.dim}, got {base.dim}")
+        return Flow(self.layers, base.to(self.base.anchor), self.context)
+
+    def then(self, *layers: Layer) -> Flow:
+        """A copy of this flow with more layers on the sample side."""
+        copied = copy.deepcopy(self)
+        return Flow([*copied.layers, *layers], copied.base, self.context)

@@ -1,0 +1,233 @@
+"""Flows that bend space along a few directions: planar, radial, Sylvester. Each has an inverse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from .bijection import Bijection
+from .inversion import monotone_root, where_converged
+from .linear import matvec
+
+MARGIN = 1e-3  # from the edge of invertibility: tanh(10) · tanh(−10) is −1 in float32
+
+
+def above_minus_one(raw: Tensor) -> Tensor:
+    """softplus(raw + log(e^{1−ε} − 1)) − (1 − ε): increasing, 0 at 0, and greater than −1 + ε."""
+    top = 1 - MARGIN
+    return softplus(raw + math.log(math.expm1(top))) - top
+
+
+class Planar(Bijection):
+    """x = z + û tanh(wᵀz + b); log|det| = log(1 + (1 − tanh²) wᵀû) (Rezende & Mohamed 2015, eqs. 10-12).
+
+    û = u + (m(wᵀu) − wᵀu) w/‖w‖² with m > −1 and m(0) = 0, so the map is invertible, and the identity at u = 0.
+    The inverse solves a + wᵀû tanh(a + b) = wᵀx for the scalar a = wᵀz.
+    """
+
+    @staticmethod
+    def start(dim: int) -> dict[str, Tensor]:
+        w = torch.randn(dim)
+        return {"u": torch.zeros(dim), "w": w / w.norm(), "b": torch.zeros(())}
+
+    def __init__(self, u: Tensor, w: Tensor, b: Tensor):
+        wu = (w * u).sum(-1)
+        self.wu_hat = above_minus_one(wu)
+        square = (w * w).sum(-1).clamp_min(torch.finfo(w.dtype).tiny)
+        self.u_hat = u + ((self.wu_hat - wu) / square).unsqueeze(-1) * w
+        self.w, self.b = w, b
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.at((z * self.w).sum(-1), z, 1.0)
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wx = (x * self.w).sum(-1)
+
+        def f(a: Tensor) -> tuple[Tensor, Tensor]:
+            tanh = torch.tanh(a + self.b)
+            return a + self.wu_hat * tanh, 1 + self.wu_hat * (1 - tanh * tanh)
+
+        reach = self.wu_hat.abs()
+        a, converged = monotone_root(f, wx, wx - reach, wx + reach)
+        z, logdet = self.at(a, x, -1.0)
+        return z, where_converged(-logdet, converged)
+
+    def at(self, a: Tensor, z: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        """z ± û tanh(a + b), and the log-determinant of the forward map at wᵀz = a."""
+        tanh = torch.tanh(a + self.b)
+        return z + sign * self.u_hat * tanh.unsqueeze(-1), torch.log1p((1 - tanh * tanh) * self.wu_hat)
+
+
+class Radial(Bijection):
+    """x = z + β h (z − z₀), h = 1/(α + r), r = ‖z − z₀‖ (Rezende & Mohamed 2015, eq. 14).
+
+    log|det| = (D − 1) log(1 + βh) + log(1 + βh − βrh²), α > 0 and β > −α. The inverse is the positive root of
+    r² + (α + β − ρ) r − αρ = 0 with ρ = ‖x − z₀‖.
+    """
+
+    @staticmethod
+    def start(dim: int) -> dict[str, Tensor]:
+        return {"centre": torch.zeros(dim), "alpha": torch.full((), math.log(math.expm1(1))), "beta": torch.zeros(())}
+
+    def __init__(self, centre: Tensor, alpha: Tensor, beta: Tensor):
+        self.centre = centre
+        self.alpha = MARGIN + softplus(alpha)
+        self.beta = self.alpha * above_minus_one(beta)
+
+    def logdet(self, r: Tensor, dim: int) -> Tensor:
+        beta_h = self.beta / (self.alpha + r)
+        return (dim - 1) * torch.log1p(beta_h) + torch.log1p(beta_h * self.alpha / (self.alpha + r))
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        offset = z - self.centre
+        r = torch.linalg.vector_norm(offset, dim=-1)
+        x = z + (self.beta / (self.alpha + r)).unsqueeze(-1) * offset
+        return x, self.logdet(r, z.shape[-1])
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        offset = x - self.centre
+        rho = torch.linalg.vector_norm(offset, dim=-1)
+        b = self.alpha + self.beta - rho
+        root = (b * b + 4 * self.alpha * rho).sqrt()
+        r = torch.where(b > 0, 2 * self.alpha * rho / (b.clamp_min(0) + root), (root - b) / 2)
+        z = self.centre + offset / (1 + self.beta / (self.alpha + r)).unsqueeze(-1)
+        return z, -self.logdet(r, x.shape[-1])
+
+
+class Sylvester(Bijection):
+    """x = z + Q R₁ tanh(R₂ Qᵀz + b), Q (D × M) orthonormal, R upper triangular (van den Berg et al. 2018, eq. 13).
+
+    log|det| = Σ log(1 + tanh' r₁ᵢᵢ r₂ᵢᵢ), the diagonals bounded by 1 − ε so that r₁ᵢᵢ r₂ᵢᵢ > −1. One raw matrix over
+    √M holds both strict triangles. The inverse finds v = Qᵀz from Qᵀx by back-substitution, a scalar root for each row.
+    Subclasses say what Q is by :meth:`down` (Qᵀ·) and :meth:`up` (Q·).
+    """
+
+    @staticmethod
+    def start(dim: int, rank: int) -> dict[str, Tensor]:
+        return {
+            "triangles": torch.zeros(rank, rank),
+            "diagonal1": torch.zeros(rank),
+            "diagonal2": torch.ones(rank),
+            "b": torch.zeros(rank),
+        }
+
+    def __init__(self, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor):
+        self.d1, self.d2 = (1 - MARGIN) * torch.tanh(diagonal1), (1 - MARGIN) * torch.tanh(diagonal2)
+        triangles = triangles * triangles.shape[-1] ** -0.5
+        self.r1 = triangles.triu(1) + torch.diag_embed(self.d1)
+        self.r2 = triangles.mT.triu(1) + torch.diag_embed(self.d2)
+        self.b = b
+
+    def down(self, z: Tensor) -> Tensor:
+        """Qᵀz, (\\*batch, dim) -> (\\*batch, rank)."""
+        raise NotImplementedError
+
+    def up(self, v: Tensor) -> Tensor:
+        """Q v, (\\*batch, rank) -> (\\*batch, dim)."""
+        raise NotImplementedError
+
+    def step_and_logdet(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """R₁ tanh(R₂ v + b), and the log-determinant, at v = Qᵀz."""
+        tanh = torch.tanh(matvec(self.r2, v) + self.b)
+        return matvec(self.r1, tanh), torch.log1p((1 - tanh * tanh) * (self.d1 * self.d2)).sum(-1)
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        step, logdet = self.step_and_logdet(self.down(z))
+        return z + self.up(step), logdet
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v, converged = self.back_substitute(self.down(x))
+        step, logdet = self.step_and_logdet(v)
+        return x - self.up(step), where_converged(-logdet, converged)
+
+    def back_substitute(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve v + R₁ tanh(R₂ v + b) = y, from the last row up."""
+        rank = y.shape[-1]
+        shape = torch.broadcast_shapes(y.shape, self.b.shape)
+        inner, outer = self.b.expand(shape), y.expand(shape)  # what the rows solved so far leave of R₂ v + b and of y
+        v, converged = [], torch.ones(shape[:-1], dtype=torch.bool, device=y.device)
+        for i in reversed(range(rank)):
+            root, ok = self.solve_row(i, inner[..., i], outer[..., i])
+            tanh = torch.tanh(inner[..., i] + self.d2[..., i] * root)
+            v.append(root)
+            converged = converged & ok
+            inner = inner[..., :i] + self.r2[..., :i, i] * root.unsqueeze(-1)
+            outer = outer[..., :i] - self.r1[..., :i, i] * tanh.unsqueeze(-1)
+        return torch.stack(v[::-1], -1), converged
+
+    def solve_row(self, i: int, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+        """The scalar root v of v + d₁ tanh(d₂ v + inner) = outer."""
+        d1, d2 = self.d1[..., i], self.d2[..., i]
+
+        def f(v: Tensor) -> tuple[Tensor, Tensor]:
+            tanh = torch.tanh(d2 * v + inner)
+            return v + d1 * tanh, 1 + d1 * d2 * (1 - tanh * tanh)
+
+        return monotone_root(f, outer, outer - d1.abs(), outer + d1.abs())
+
+
+class OrthogonalSylvester(Sylvester):
+    """Q from the QR decomposition of a raw D × M matrix, the signs fixed so that R has a positive diagonal."""
+
+    @staticmethod
+    def start(dim: int, rank: int) -> dict[str, Tensor]:
+        return {"q": torch.linalg.qr(torch.randn(dim, rank))[0], **Sylvester.start(dim, rank)}
+
+    def __init__(self, q: Tensor, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int):
+        super().__init__(triangles, diagonal1, diagonal2, b)
+        orthonormal, r = torch.linalg.qr(q)
+        self.q = orthonormal * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # continuous in q
+
+    def down(self, z: Tensor) -> Tensor:
+        return matvec(self.q.mT, z)
+
+    def up(self, v: Tensor) -> Tensor:
+        return matvec(self.q, v)
+
+
+class HouseholderSylvester(Sylvester):
+    """Q is the first M columns of a product of Householder reflections I − 2 vvᵀ/‖v‖², applied to vectors."""
+
+    @staticmethod
+    def start(dim: int, rank: int, reflections: int) -> dict[str, Tensor]:
+        return {"v": torch.randn(reflections, dim), **Sylvester.start(dim, rank)}
+
+    def __init__(
+        self, v: Tensor, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int, reflections: int
+    ):
+        super().__init__(triangles, diagonal1, diagonal2, b)
+        self.unit = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)).unbind(-2)
+        self.rank = rank
+
+    def down(self, z: Tensor) -> Tensor:
+        for unit in self.unit:
+            z = z - 2 * (z * unit).sum(-1, keepdim=True) * unit
+        return z[..., : self.rank]
+
+    def up(self, v: Tensor) -> Tensor:
+        z = torch.nn.functional.pad(v, (0, self.unit[0].shape[-1] - self.rank))
+        for unit in reversed(self.unit):
+            z = z - 2 * (z * unit).sum(-1, keepdim=True) * unit
+        return z
+
+
+class TriangularSylvester(Sylvester):
+    """Q is the identity, or the reversal of coordinates (alternate the two from layer to layer)."""
+
+    @staticmethod
+    def start(dim: int, rank: int, reverse: bool) -> dict[str, Tensor]:
+        return Sylvester.start(dim, rank)
+
+    def __init__(
+        self, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int, reverse: bool = False
+    ):
+        super().__init__(triangles, diagonal1, diagonal2, b)
+        self.reverse = reverse
+
+    def down(self, z: Tensor) -> Tensor:
+        return z.flip(-1) if self.reverse else z
+
+    up = down

@@ -1,0 +1,221 @@
+"""The families, one short function each: ``recipes.NAME(dim, context=None, ...) -> Flow``.
+
+All start near the identity, so that a fit begins at its base; all take a ``base`` (standard normal by default).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .autoregressive import Autoregressive
+from .bases import Base, StandardNormal
+from .bijection import Inverted, Layer
+from .coupling import Coupling
+from .distribution import Flow
+from .linear import LU, FullAffine, Permutation
+from .lowrank import HouseholderSylvester, OrthogonalSylvester, Planar, Radial, TriangularSylvester
+from .parameters import Fixed, Parametric
+from .splines import rational_quadratic
+from .univariate import Univariate, affine
+
+__all__ = [
+    "diagonal",
+    "gaussian",
+    "iaf",
+    "maf",
+    "planar",
+    "radial",
+    "realnvp",
+    "spline",
+    "spline_autoregressive",
+    "sylvester",
+]
+
+HIDDEN = (64, 64)
+CONDITIONED_LOG_SCALE = 3.0  # bound of a conditioner's log-scale in one layer
+
+
+def diagonal(dim: int, context: int | None = None, *, base: Base | None = None) -> Flow:
+    """The mean-field Gaussian: one elementwise affine layer."""
+    return _flow([Parametric(affine(), dim, context)], dim, base, context)
+
+
+def gaussian(dim: int, context: int | None = None, *, base: Base | None = None) -> Flow:
+    """The Gaussian of full covariance: one lower-triangular affine layer."""
+    return _flow([Parametric(FullAffine, dim, context)], dim, base, context)
+
+
+def planar(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
+    """Planar flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
+    stack = [Parametric(Planar, dim, context) for _ in range(_positive("layers", layers))]
+    return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
+
+
+def radial(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
+    """Radial flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
+    stack = [Parametric(Radial, dim, context) for _ in range(_positive("layers", layers))]
+    return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
+
+
+def sylvester(
+    dim: int,
+    context: int | None = None,
+    *,
+    kind: str = "orthogonal",
+    rank: int | None = None,
+    layers: int = 4,
+    reflections: int = 8,
+    base: Base | None = None,
+) -> Flow:
+    """Sylvester flow (van den Berg et al. 2018), closed by an elementwise affine layer.
+
+    Parameters
+    ----------
+    kind: "orthogonal" (Q by QR), "householder" (Q by ``reflections`` reflections) or "triangular" (Q = I and the
+        reversal, alternating; rank = dim).
+    rank: columns M <= dim of Q; by default min(dim, 8), or dim if triangular.
+    """
+    _positive("layers", layers)
+    rank = _positive("rank", rank) if rank is not None else (dim if kind == "triangular" else min(dim, 8))
+    if rank > dim or (kind == "triangular" and rank != dim):
+        expected = f"{dim} (= dim) for a triangular Sylvester flow" if kind == "triangular" else f"at most dim = {dim}"
+        raise ValueError(f"rank: expected {expected}, got {rank}")
+    if kind == "orthogonal":
+        stack = [Parametric(OrthogonalSylvester, dim, context, rank=rank) for _ in range(layers)]
+    elif kind == "householder":
+        options = {"rank": rank, "reflections": _positive("reflections", reflections)}
+        stack = [Parametric(HouseholderSylvester, dim, context, **options) for _ in range(layers)]
+    elif kind == "triangular":
+        stack = [Parametric(TriangularSylvester, dim, context, rank=rank, reverse=bool(i % 2)) for i in range(layers)]
+    else:
+        raise ValueError(f'kind: expected "orthogonal", "householder" or "triangular", got {kind!r}')
+    return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
+
+
+def iaf(
+    dim: int,
+    context: int | None = None,
+    *,
+    layers: int = 4,
+    hidden: Sequence[int] = HIDDEN,
+    base: Base | None = None,
+) -> Flow:
+    """Inverse autoregressive flow (Kingma et al. 2016): one pass to sample, a sweep over coordinates to score."""
+    return _flow(_autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE)), dim, base, context)
+
+
+def maf(
+    dim: int,
+    context: int | None = None,
+    *,
+    layers: int = 4,
+    hidden: Sequence[int] = HIDDEN,
+    base: Base | None = None,
+) -> Flow:
+    """Masked autoregressive flow (Papamakarios et al. 2017), the inverse of IAF: one pass to score, a sweep to sample."""
+    stack = _autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE))
+    return _flow([Inverted(layer) for layer in stack], dim, base, context)
+
+
+def realnvp(
+    dim: int,
+    context: int | None = None,
+    *,
+    layers: int = 6,
+    hidden: Sequence[int] = HIDDEN,
+    mixing: str = "lu",
+    base: Base | None = None,
+) -> Flow:
+    """Affine coupling flow (Dinh et al. 2017), with a linear layer after each pair of couplings (see :func:`spline`)."""
+    return _flow(_coupling(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE), mixing), dim, base, context)
+
+
+def spline(
+    dim: int,
+    context: int | None = None,
+    *,
+    layers: int = 4,
+    hidden: Sequence[int] = HIDDEN,
+    bins: int = 8,
+    bound: float = 5.0,
+    mixing: str = "lu",
+    base: Base | None = None,
+) -> Flow:
+    """Neural spline flow by coupling (Durkan et al. 2019): rational-quadratic pieces, both directions in one pass.
+
+    Parameters
+    ----------
+    bins, bound: pieces on [−bound, bound]; the identity outside.
+    mixing: the linear layer after each coupling: "lu", "permutation" (a fixed random one) or "none".
+    """
+    return _flow(_coupling(dim, context, layers, hidden, _spline(bins, bound), mixing), dim, base, context)
+
+
+def spline_autoregressive(
+    dim: int,
+    context: int | None = None,
+    *,
+    layers: int = 2,
+    hidden: Sequence[int] = HIDDEN,
+    bins: int = 8,
+    bound: float = 5.0,
+    base: Base | None = None,
+) -> Flow:
+    """Neural spline flow with an autoregressive conditioner in the sampling direction (as IAF)."""
+    return _flow(_autoregressive(dim, context, layers, hidden, _spline(bins, bound)), dim, base, context)
+
+
+def _flow(layers: Sequence[Layer], dim: int, base: Base | None, context: int | None) -> Flow:
+    base = StandardNormal(dim) if base is None else base
+    if base.dim != dim:
+        raise ValueError(f"base: expected a base of dim {dim}, got one of dim {base.dim}")
+    return Flow(layers, base, context)
+
+
+def _autoregressive(
+    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Univariate
+) -> list[Layer]:
+    """Autoregressive layers in alternating order; affine ones only scale gently, so an elementwise affine closes."""
+    orders = [range(dim) if i % 2 == 0 else range(dim - 1, -1, -1) for i in range(_positive("layers", layers))]
+    stack: list[Layer] = [Autoregressive(order, univariate, hidden, context) for order in orders]
+    return [*stack, Parametric(affine(), dim, context)]
+
+
+def _coupling(
+    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Univariate, mixing: str
+) -> list[Layer]:
+    """Couplings whose masks take the bits of the coordinate's index in turn: any two coordinates differ in some bit."""
+    bits = max((dim - 1).bit_length(), 1)
+    stack: list[Layer] = []
+    for i in range(_positive("layers", layers)):
+        bit = (i // 2) % bits
+        mask = [(j >> bit) % 2 == i % 2 for j in range(dim)] if dim > 1 else [True]
+        stack.append(Coupling(mask, univariate, hidden, context))
+        stack += _mixing(mixing, dim, context)
+    return [*stack, Parametric(affine(), dim, context)]
+
+
+def _mixing(mixing: str, dim: int, context: int | None) -> list[Layer]:
+    if mixing == "lu":
+        return [Parametric(LU, dim, context)]
+    if mixing == "permutation":
+        return [Fixed(Permutation, index=torch.randperm(dim))]
+    if mixing == "none":
+        return []
+    raise ValueError(f'mixing: expected "lu", "permutation" or "none", got {mixing!r}')
+
+
+def _spline(bins: int, bound: float) -> Univariate:
+    if not bound > 0:
+        raise ValueError(f"bound: expected a positive number, got {bound!r}")
+    if _positive("bins", bins) < 2:
+        raise ValueError(f"bins: expected at least 2, got {bins}")
+    return rational_quadratic(bins, float(bound))
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return value

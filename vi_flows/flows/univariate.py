@@ -1,0 +1,46 @@
+"""Elementwise bijections whose raw parameters come as one tensor (\\*batch, count, dim); raw = 0 is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bijection import Bijection
+from .linear import LOG_SCALE_BOUND, bounded
+
+
+class Univariate(NamedTuple):
+    """What a conditioner needs to know: raw numbers per coordinate, and the bijection that they make."""
+
+    count: int
+    build: Callable[[Tensor], Bijection]
+
+    def start(self, dim: int) -> dict[str, Tensor]:
+        return {"raw": torch.zeros(self.count, dim)}
+
+    def __call__(self, raw: Tensor) -> Bijection:
+        return self.build(raw)
+
+
+class Affine(Bijection):
+    """x = exp(s) z + t with s = bounded(raw_0), t = raw_1; log|det| = Σ s (Dinh et al. 2017; Kingma et al. 2016)."""
+
+    def __init__(self, raw: Tensor, bound: float = LOG_SCALE_BOUND):
+        self.log_scale, self.shift = bounded(raw[..., 0, :], bound), raw[..., 1, :]
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = z * self.log_scale.exp() + self.shift
+        return x, self.log_scale.expand(x.shape).sum(-1)
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = (x - self.shift) * (-self.log_scale).exp()
+        return z, -self.log_scale.expand(z.shape).sum(-1)
+
+
+def affine(bound: float = LOG_SCALE_BOUND) -> Univariate:
+    """The affine univariate, its log-scale within ±bound."""
+    return Univariate(2, partial(Affine, bound=bound))
