@@ -54,7 +54,7 @@ class Parametric(Layer):
             weight = self.weight * context.shape[-1] ** -0.5  # the parametrisation of networks.Conditioner
             parts = linear(context, weight, self.bias).split([shape.numel() for shape in self.shapes.values()], dim=-1)
             tensors = {
-                name: part.reshape(*context.shape[:-1], *shape)
+                name: part.reshape(context.shape[:-1] + shape)
                 for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
             }
         return self.maths(**tensors, **self.options)

@@ -1,0 +1,128 @@
+"""Locating: where the mass of p is, and the Gaussian that whitens it (DESIGN section 4, step 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..targets.target import Target
+from .gaussian import Gaussians, from_covariance, from_precision, gaussian_vi, join
+from .optimise import Iterates, bfgs_paths, newton
+
+STARTS = 64
+MODES = 8
+SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
+
+
+@dataclass(frozen=True)
+class Located:
+    """What locating found.
+
+    best: one Gaussian of the highest ELBO; elbo: its value (from 2,000 draws); modes: Gaussians at the distinct optima
+    and path ends, for the defensive proposal; optima: how many distinct proper optima there are; candidates: the
+    ELBO of every kind of Gaussian tried.
+    """
+
+    best: Gaussians
+    elbo: float
+    modes: Gaussians
+    optima: int
+    candidates: dict[str, float]
+
+
+def locate(target: Target, starts: Tensor) -> Located:
+    """Pathfinder paths, Laplace and Gaussian VI from starts (N, dim); the best ELBO wins.
+
+    Multi-path Pathfinder (Zhang et al. 2022) with dense BFGS; exact-Hessian Laplace at the distinct ends; natural-
+    gradient Gaussian VI from the best three. The standard normal is always a candidate.
+    """
+    ends, record = bfgs_paths(target, starts)
+    paths = pathfinder(target, record)
+    optima = laplace(target, ends)
+    dim = starts.shape[1]
+    eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
+    standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
+    found = join([standard, paths, optima])
+    epsilon = torch.randn(256, dim, dtype=starts.dtype, device=starts.device)
+    elbo = found.elbo(target, epsilon)
+    best = distinct(found, elbo, limit=3)
+    refined = gaussian_vi(target, found.pick(best))
+    final = join([found.pick(best), refined])
+    epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
+    final_elbo = final.elbo(target, epsilon)
+    winner = int(final_elbo.nan_to_num(-torch.inf).argmax())
+    candidates = {name: float(v) for name, v in zip(found.origin, elbo, strict=True)}
+    candidates |= {name: float(v) for name, v in zip(final.origin, final_elbo, strict=True)}
+    return Located(
+        final.pick([winner]), float(final_elbo[winner]), _modes(optima, paths, refined), len(optima), candidates
+    )
+
+
+def _modes(optima: Gaussians, paths: Gaussians, refined: Gaussians) -> Gaussians:
+    """Distinct Gaussians of all kinds, proper optima first."""
+    every = join([optima, refined, paths])
+    order = torch.arange(len(every), 0, -1, dtype=every.loc.dtype)
+    return every.pick(distinct(every, order, limit=MODES))
+
+
+def start_points(target: Target, extra: Tensor | None = None, count: int = STARTS) -> Tensor:
+    """Over-dispersed starts (count, dim): ``extra`` first, prior draws of a model, uniform(−2, 2), normals of sd 1 to 100."""
+    if target.dim > 100:
+        count //= 4  # dense inverse Hessians of every path are kept
+    parts = [] if extra is None else [extra]
+    prior = getattr(target, "prior", None)
+    if prior is not None:
+        parts.append(prior(count // 4))
+    left = count - sum(len(p) for p in parts)
+    box = max(left // 2, 1)
+    parts.append(4 * torch.rand(box, target.dim) - 2)
+    wide = max(left - box, 1)
+    scales = torch.logspace(0, 2, wide)[:, None]
+    parts.append(scales * torch.randn(wide, target.dim))
+    points = torch.cat([p.to(torch.get_default_dtype()) for p in parts])
+    return points[points.isfinite().all(-1)]
+
+
+def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = MODES) -> Gaussians:
+    """The Gaussian N(x + H∇log p, H) of the best ELBO on each path, for the ``keep`` best paths."""
+    loc = record.x + (record.inverse_hessian @ record.grad.unsqueeze(-1)).squeeze(-1)
+    found, index = from_covariance(loc, record.inverse_hessian, "a Pathfinder path")
+    if not len(found):
+        return found
+    epsilon = torch.randn(draws, loc.shape[1], dtype=loc.dtype, device=loc.device)
+    elbo = found.elbo(target, epsilon).nan_to_num(-torch.inf)
+    best: dict[int, int] = {}
+    for i in elbo.argsort(descending=True).tolist():
+        best.setdefault(int(record.path[index[i]]), i)
+    chosen = found.pick(list(best.values())[: 4 * keep])
+    again = chosen.elbo(target, torch.randn(8 * draws, loc.shape[1], dtype=loc.dtype, device=loc.device))
+    return chosen.pick(again.nan_to_num(-torch.inf).argsort(descending=True)[:keep].tolist())
+
+
+def laplace(target: Target, ends: Iterates) -> Gaussians:
+    """Laplace approximations at the distinct ends: a few damped Newton steps, then N(x, (−∇² log p)⁻¹) where positive."""
+    rows, index = from_covariance(ends.x, ends.inverse_hessian, "")
+    order = distinct(rows, ends.value[index], limit=MODES)
+    if not order:
+        return rows.pick([])
+    x, value, hessian = newton(target, rows.loc[order])
+    found, index = from_precision(x, -hessian, "Laplace")
+    return found.pick(distinct(found, value[index], limit=MODES))
+
+
+def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:
+    """Indices by falling score, without those whose centre is close to a better one in that one's metric."""
+    kept: list[int] = []
+    for i in score.nan_to_num(-torch.inf).argsort(descending=True).tolist():
+        if len(kept) == limit or score[i] == -torch.inf:
+            break
+        far = True
+        for j in kept:
+            offset = (gaussians.loc[i] - gaussians.loc[j]).unsqueeze(-1)
+            standard = torch.linalg.solve_triangular(gaussians.scale_tril[j], offset, upper=False)
+            far &= float(standard.square().mean()) > SAME_MODE**2
+        if far:
+            kept.append(i)
+    return kept

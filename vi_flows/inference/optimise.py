@@ -1,0 +1,166 @@
+"""Ascent of log p from many starts at once: BFGS in lockstep, then damped Newton with exact Hessians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..targets.target import Target
+from .weights import BLOCK
+
+ARMIJO, WOLFE = 1e-4, 0.9
+CURVATURE = 1e-10  # least s·y, relative to ‖s‖‖y‖, for a BFGS update
+
+
+def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log p (N,) and its gradient (N, dim), in blocks; rows that are not finite give −inf and 0."""
+    values, grads = [], []
+    for rows in x.detach().split(BLOCK):
+        rows = rows.clone().requires_grad_()
+        with torch.enable_grad():
+            value = target.log_prob(rows)
+            (grad,) = torch.autograd.grad(value.sum(), rows)
+        values.append(value.detach())
+        grads.append(grad)
+    value, grad = torch.cat(values), torch.cat(grads)
+    good = value.isfinite() & grad.isfinite().all(-1)
+    return torch.where(good, value, -torch.inf), torch.where(good[:, None], grad, 0.0)
+
+
+def hessians(target: Target, x: Tensor) -> Tensor:
+    """Exact Hessians of log p at the rows of x (N, dim) -> (N, dim, dim): one backward pass for each coordinate."""
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(target.log_prob(x).sum(), x, create_graph=True)
+        rows = [torch.autograd.grad(grad[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])]
+    hessian = torch.stack(rows, -2)
+    return (hessian + hessian.mT) / 2
+
+
+@dataclass
+class Iterates:
+    """Points x (N, dim) on ascent paths with log p (N,), gradient (N, dim), inverse Hessian of −log p and start index."""
+
+    x: Tensor
+    value: Tensor
+    grad: Tensor
+    inverse_hessian: Tensor
+    path: Tensor
+
+    def __getitem__(self, index: Tensor) -> Iterates:
+        return Iterates(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def update(self, index: Tensor, new: Iterates) -> None:
+        for name in self.__dataclass_fields__:
+            getattr(self, name)[index] = getattr(new, name)
+
+    def copy(self) -> Iterates:
+        return Iterates(*(getattr(self, name).clone() for name in self.__dataclass_fields__))
+
+
+def concatenate(parts: list[Iterates]) -> Iterates:
+    return Iterates(*(torch.cat([getattr(p, name) for p in parts]) for name in Iterates.__dataclass_fields__))
+
+
+def bfgs_paths(
+    target: Target, starts: Tensor, iterations: int = 150, tolerance: float = 1e-7
+) -> tuple[Iterates, Iterates]:
+    """Maximise log p from each start (N, dim) by BFGS; returns the ends and a thinned record of the paths.
+
+    A path stops when the gain that the local quadratic promises, ½ gᵀHg (in nats, whatever the scaling), is below
+    ``tolerance``, or when its line search fails. Points are recorded at iterations about 1.3 times apart.
+    """
+    value, grad = value_and_grad(target, starts)
+    norm = torch.linalg.vector_norm(grad, dim=-1).clamp_min(1e-300)
+    identity = torch.eye(starts.shape[1], dtype=starts.dtype, device=starts.device)
+    at = Iterates(
+        starts.clone(), value, grad, identity / norm.clamp_min(1.0)[:, None, None], torch.arange(len(starts))
+    )
+    active = (value > -torch.inf).nonzero()[:, 0]
+    record, due = [], 1.0
+    for k in range(1, iterations + 1):
+        moved, going = _bfgs_step(target, at[active], tolerance, first=k == 1)
+        at.update(active, moved)
+        if k >= due or not going.any():
+            record.append(at[active].copy())
+            due = max(k + 1, 1.3 * due)
+        active = active[going]
+        if not len(active):
+            break
+    return at, concatenate(record) if record else at
+
+
+def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> tuple[Iterates, Tensor]:
+    """One iteration for all rows; also whether each row goes on."""
+    direction = (at.inverse_hessian @ at.grad.unsqueeze(-1)).squeeze(-1)
+    slope = (at.grad * direction).sum(-1)
+    x, value, grad, found = _line_search(target, at, direction, slope)
+    s, y = x - at.x, at.grad - grad
+    sy, yy = (s * y).sum(-1), (y * y).sum(-1)
+    curved = found & (sy > CURVATURE * torch.linalg.vector_norm(s, dim=-1) * yy.sqrt())
+    h = at.inverse_hessian
+    if first:  # Nocedal & Wright 2006, eq. 6.20: the scale of the first step's curvature
+        scale = torch.where(curved, sy / yy.clamp_min(1e-300), 1.0)[:, None, None]
+        h = torch.where(curved[:, None, None], scale * torch.eye(x.shape[1], dtype=x.dtype, device=x.device), h)
+    rho = torch.where(curved, 1 / torch.where(curved, sy, 1.0), 0.0)[:, None, None]
+    left = torch.eye(x.shape[1], dtype=x.dtype, device=x.device) - rho * s[:, :, None] * y[:, None, :]
+    h = left @ h @ left.mT + rho * s[:, :, None] * s[:, None, :]
+    going = found & (slope / 2 > tolerance)
+    return Iterates(x, value, grad, (h + h.mT) / 2, at.path), going
+
+
+def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, tries: int = 25):
+    """Weak-Wolfe bracketing for all rows (Lewis & Overton 2013): t halves between bounds, or doubles without one."""
+    t, lo, hi = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
+    x, value, grad = at.x.clone(), at.value.clone(), at.grad.clone()
+    open_ = (slope > 0).nonzero()[:, 0]
+    found = torch.zeros_like(slope, dtype=torch.bool)
+    for _ in range(tries):
+        if not len(open_):
+            break
+        trial = at.x[open_] + t[open_, None] * direction[open_]
+        v, g = value_and_grad(target, trial)
+        rises = v >= at.value[open_] + ARMIJO * t[open_] * slope[open_]
+        flat = (g * direction[open_]).sum(-1) <= WOLFE * slope[open_]
+        better = rises & (v > -torch.inf)
+        x[open_[better]], value[open_[better]], grad[open_[better]] = trial[better], v[better], g[better]
+        found[open_[better]] = True
+        lo[open_] = torch.where(rises, t[open_], lo[open_])
+        hi[open_] = torch.where(rises, hi[open_], t[open_])
+        t = torch.where(hi < torch.inf, (lo + hi) / 2, 2 * lo)
+        open_ = open_[~(rises & flat)]
+    return x, value, grad, found
+
+
+def newton(target: Target, x: Tensor, iterations: int = 12, tolerance: float = 1e-10) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton ascent from the rows of x; returns points (N, dim), log p (N,) and exact Hessians there.
+
+    Directions are V |Λ|⁻¹ Vᵀ g in the eigenbasis of the Hessian, so that saddles repel; steps are halved until log p
+    rises.
+    """
+    value, grad = value_and_grad(target, x)
+    hessian = hessians(target, x)
+    for _ in range(iterations):
+        good = hessian.isfinite().all(-1).all(-1)
+        eigenvalues, vectors = torch.linalg.eigh(torch.where(good[:, None, None], hessian, 0.0))
+        size = eigenvalues.abs()
+        size = size.clamp_min(1e-12 * size.amax(-1, keepdim=True).clamp_min(1e-300))
+        direction = (vectors @ ((vectors.mT @ grad.unsqueeze(-1)) / size.unsqueeze(-1))).squeeze(-1)
+        if not (good & ((grad * direction).sum(-1) / 2 > tolerance)).any():
+            break
+        t, moved = torch.ones_like(value), torch.zeros_like(value, dtype=torch.bool)
+        for _ in range(12):
+            trial = torch.where(moved[:, None], x, x + t[:, None] * direction)
+            v, g = value_and_grad(target, trial)
+            take = ~moved & (v > value)
+            x, value = torch.where(take[:, None], trial, x), torch.where(take, v, value)
+            grad, moved = torch.where(take[:, None], g, grad), moved | take
+            if moved.all():
+                break
+            t = t / 2
+        if not moved.any():
+            break
+        hessian = hessians(target, x)
+    return x, value, hessian

@@ -1,0 +1,252 @@
+"""Step 0 of a fit: is this a density that can be fitted? Every answer "no" is one line with its remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .target import LogDensity, Target, check_finite, check_form, show
+
+RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
+MAX_SINGLES = 6  # rows evaluated alone
+MAX_DIFFERENCES = 8  # points at which the gradient is compared with finite differences
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check saw: points evaluated, how many had finite log p, and the precision the target works in."""
+
+    points: int
+    finite: int
+    precision: torch.dtype
+
+
+def check_target(target: Target, x: Tensor) -> CheckReport:
+    """Verify target at x (N, dim), N >= 2 (32 to 64 points where the fit starts), before anything is fitted.
+
+    In this order: form of the result (tensor, dtype, shape, device), the same value twice, finite values, rows independent of one
+    another, named values, a finite gradient that agrees with finite differences, every coordinate of influence.
+    Raises ValueError, in one line that names the argument, what was expected, what came and the remedy.
+    """
+    name = getattr(target, "argument", "log_prob")
+    _check_points(x, target.dim)
+    x = x.detach()
+    log_p = _evaluate(target, x, name)
+    precision = _precision(target, x)
+    _check_repeatable(target, x, log_p, precision, name)
+    _check_values(target, x, log_p, name)
+    precision = _check_rows(target, x, log_p, precision, name)
+    _check_names(target, x)
+    gradient = _gradient(target, x, log_p, name)
+    finite = log_p.isfinite() & gradient.isfinite().all(-1)
+    _check_coordinates(target, x[finite], log_p[finite], gradient[finite], name)
+    if bool(finite.any()):
+        first = finite.nonzero()[:MAX_DIFFERENCES, 0]
+        precision = _check_differences(target, x[first], gradient[first], precision, name)
+    return CheckReport(len(x), int(log_p.isfinite().sum()), precision)
+
+
+def settle_dtype(target: Target, x: Tensor) -> Target:
+    """The checked target in the dtype it works in: itself, or its float32 version where float64 is beyond it.
+
+    That is a target that raises on float64 input but not on float32 (tensors or networks of its own in float32), or that computes in
+    float32 whatever it is given. Raises ValueError as check_target does.
+    """
+    can_move = getattr(target, "dtype", None) == torch.float64 and hasattr(target, "to")
+    try:
+        report = check_target(target, x)
+    except ValueError as error:
+        if not (can_move and isinstance(error.__cause__, RuntimeError)):
+            raise
+        single = target.to(torch.float32)
+        try:
+            check_target(single, x)
+        except ValueError:
+            raise error from error.__cause__
+        return single
+    return target.to(torch.float32) if can_move and report.precision == torch.float32 else target
+
+
+def _check_points(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != dim or len(x) < 2 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected at least 2 points, floats of shape (N, {dim}), got {got}; pass one point per row")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"x: expected finite points, got {show(x[~x.isfinite().all(-1)][0])}")
+
+
+def _evaluate(target: Target, x: Tensor, name: str) -> Tensor:
+    """log p at x without a gradient, its form checked; whatever else the target raises becomes one line."""
+    given = x.clone()
+    try:
+        with torch.no_grad():
+            log_p = target.log_prob(given)
+    except Exception as error:
+        raise _one_line(error, x, name) from error
+    check_form(log_p, len(x), x.device, name)
+    if not torch.equal(given, x):
+        raise ValueError(f"{name}: expected x to be left as it is, got x changed in place; work on x.clone()")
+    return log_p
+
+
+def _one_line(error: Exception, x: Tensor, name: str) -> ValueError:
+    if isinstance(error, ValueError) and ": expected" in str(error) and "\n" not in str(error):
+        return error  # one of this package's own
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return ValueError(
+        f"{name}: expected values at {x.dtype} x of shape {tuple(x.shape)}, got {type(error).__name__}: {first}; check dim and dtype"
+    )
+
+
+def _precision(target: Target, x: Tensor) -> torch.dtype:
+    """The dtype the target computes in, as far as its result's dtype tells."""
+    dtype = getattr(target, "dtype", x.dtype)
+    if isinstance(target, LogDensity):
+        with torch.no_grad():
+            dtype = target.fn(x[:2].to(dtype=dtype, device=target.device, copy=True)).dtype
+    return torch.float32 if x.dtype == torch.float32 or dtype != torch.float64 else torch.float64
+
+
+def _check_repeatable(target: Target, x: Tensor, log_p: Tensor, precision: torch.dtype, name: str) -> None:
+    again = _evaluate(target, x, name)
+    differ = ~torch.isclose(log_p, again, rtol=RTOL[precision], atol=0.0, equal_nan=True)
+    if bool(differ.any()):
+        i = int(differ.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected the same value for the same x, got {float(log_p[i]):.6g} and {float(again[i]):.6g} "
+            f"at x = {show(x[i])}; remove random numbers (dropout, minibatches) from it"
+        )
+
+
+def _check_values(target: Target, x: Tensor, log_p: Tensor, name: str) -> None:
+    if bool(log_p.isnan().all()):
+        raise ValueError(f"{name}: expected finite values, got NaN at all {len(x)} points, first x = {show(x[0])}; check data and formula")
+    check_finite(log_p, x, target)
+    outside = log_p == -torch.inf
+    constraint = "+inf" if name == "energy" else "-inf"
+    if bool(outside.all()):
+        raise ValueError(
+            f"{name}: expected finite values, got {constraint} at all {len(x)} points, first x = {show(x[0])}; "
+            "start inside the support, or map R^D onto it (torch.distributions.biject_to)"
+        )
+    if bool(outside.any()) and getattr(target, "nonfinite", "raise") == "raise":
+        raise ValueError(
+            f"{name}: expected finite values on all of R^{x.shape[1]}, got {constraint} at x = {show(x[outside][0])} "
+            f"({int(outside.sum())} of {len(x)} points); put the constraint in: write it in T(x), T = torch.distributions.biject_to(support), "
+            "with log|det dT/dx| added, or as a Pyro model"
+        )
+
+
+def _check_rows(target: Target, x: Tensor, log_p: Tensor, precision: torch.dtype, name: str) -> torch.dtype:
+    """Raise unless a row's value is the same alone; returns the precision at which it is."""
+    rows = log_p.isfinite().nonzero()[:, 0]
+    rows = rows[torch.linspace(0, len(rows) - 1, min(MAX_SINGLES, len(rows))).long()]
+    alone = torch.cat([_evaluate(target, x[i : i + 1], name) for i in rows.tolist()])
+    scale = log_p[log_p.isfinite()].abs().max()
+    error = (alone - log_p[rows]).abs() / scale.clamp(min=1e-300)
+    if bool((error <= RTOL[precision]).all()):
+        return precision
+    worst = int(error.nan_to_num(torch.inf).argmax())
+    if bool((error <= RTOL[torch.float32]).all()):
+        return torch.float32
+    raise ValueError(
+        f"{name}: expected each row's value to depend on that row only, got {float(log_p[rows[worst]]):.6g} in a batch of {len(x)} "
+        f"and {float(alone[worst]):.6g} alone; do not sum, average or normalise over the rows"
+    )
+
+
+def _check_names(target: Target, x: Tensor) -> None:
+    with torch.no_grad():
+        named = target.constrain(x)
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"constrain: expected a dict of named tensors, got {type(named).__name__}; return {{'x': x}} for plain coordinates")
+    for key, value in named.items():
+        if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"constrain: expected '{key}' to be a tensor of shape ({len(x)}, ...), got {got}; return one value per row")
+
+
+def _gradient(target: Target, x: Tensor, log_p: Tensor, name: str) -> Tensor:
+    """d log p/dx (N, dim); raises where there is none, where it is not finite, and where it is 0 everywhere."""
+    z = x.clone().requires_grad_()
+    same = bool((log_p == log_p[0]).all())
+    constant = f"{name}: expected a density that varies, got {float(log_p[0]):.6g} at all {len(x)} points; make it depend on x"
+    try:
+        value = target.log_prob(z)
+        if not value.requires_grad:
+            raise ValueError(
+                constant
+                if same
+                else f"{name}: expected a result differentiable in x, got one without a graph; remove .detach(), .item(), no_grad, numpy"
+            )
+        (gradient,) = torch.autograd.grad(value[log_p.isfinite()].sum(), z, allow_unused=True, materialize_grads=True)
+    except Exception as error:
+        raise _one_line(error, x, name) from error
+    bad = ~gradient.isfinite().all(-1) & log_p.isfinite()
+    allowed = 0.2 * len(x) if getattr(target, "nonfinite", "raise") == "skip" else 0
+    if int(bad.sum()) > allowed:
+        i = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected a finite gradient, got {show(gradient[i])} at x = {show(x[i])} ({int(bad.sum())} of {len(x)} points); "
+            "avoid 0 * inf in the backward pass (torch.where with a safe argument in both branches, clamp before log or sqrt)"
+        )
+    if bool((gradient == 0).all()):
+        raise ValueError(constant if same else f"{name}: expected a gradient, got 0 at all {len(x)} points; use differentiable operations")
+    return gradient
+
+
+def _check_coordinates(target: Target, x: Tensor, log_p: Tensor, gradient: Tensor, name: str) -> None:
+    """Raise for a coordinate that log p does not depend on: such a density cannot be normalised."""
+    for j in (gradient == 0).all(0).nonzero()[:, 0].tolist():
+        moved = x.clone()
+        moved[:, j] += 1.0
+        if torch.equal(_evaluate(target, moved, name), log_p):
+            names = getattr(target, "coordinate_names", None)
+            which = f"x[:, {j}]" + (f" ('{names()[j]}')" if names else "")
+            raise ValueError(
+                f"{name}: expected every coordinate to matter, got no dependence on {which}, so that p has no finite integral; "
+                "lower dim, or give it a prior"
+            )
+
+
+def _check_differences(target: Target, x: Tensor, gradient: Tensor, precision: torch.dtype, name: str) -> torch.dtype:
+    """Compare the gradient along one random direction with central differences; raise if most points disagree.
+
+    Returns the precision they show: where differences at float64's step are rough (they disagree among themselves) and at float32's
+    longer step are smooth, the function computes in float32 inside.
+    """
+    slope, near, wrong, rough = _differences(target, x, gradient, precision, name)
+    if precision == torch.float64 and rough > 0.5:
+        single = _differences(target, x, gradient, torch.float32, name)
+        if single[3] <= 0.5:
+            precision = torch.float32
+            slope, near, wrong, rough = single
+    if wrong.sum() > 0.5 * len(wrong):
+        i = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected its gradient to be its slope, got {float(slope[i]):.4g} by autograd and "
+            f"{float(near[i]):.4g} by differences; look for .detach() or a custom backward in it"
+        )
+    return precision
+
+
+def _differences(
+    target: Target, x: Tensor, gradient: Tensor, precision: torch.dtype, name: str
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """At each x where they are finite, along a random direction: the slope by autograd and by central differences, and whether
+    they disagree; and the share of points at which differences of step h and 2h disagree."""
+    eps = torch.finfo(precision).eps
+    h = eps ** (1 / 3) * x.abs().amax(-1).clamp(min=1.0)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
+    v = v / v.norm(dim=-1, keepdim=True)
+    steps = torch.stack([h, -h, 2 * h, -2 * h])
+    around = _evaluate(target, (x + steps.unsqueeze(-1) * v).reshape(-1, x.shape[1]), name).reshape(4, -1)
+    usable = around.isfinite().all(0)
+    around, h, slope = around[:, usable], h[usable], (gradient * v).sum(-1)[usable]
+    near, far = (around[0] - around[1]) / (2 * h), (around[2] - around[3]) / (4 * h)
+    rounding = 100 * eps * around.abs().amax(0) / h
+    rough = (near - far).abs() > 1e-4 * (near.abs() + far.abs()) + rounding
+    wrong = (slope - near).abs() > 1e-4 * (slope.abs() + near.abs()) + rounding + 4 * (near - far).abs()
+    return slope, near, wrong, float(rough.double().mean()) if len(rough) else 0.0

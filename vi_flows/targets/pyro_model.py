@@ -1,0 +1,257 @@
+"""A Pyro model as a target: its joint log density over R^D, and x as named values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line
+from .pyro_sites import Layout, Site, inspect_model
+
+TRIAL_SCALE = 0.5
+PRIOR_TRIALS = 2
+BLOCK = 4096
+# vmap against single evaluations, relative: loose enough for an ill-conditioned Cholesky, far below a mistake in a shape
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+
+
+class PyroModel:
+    r"""The joint density of a Pyro model's latent sites and its data, over unconstrained x.
+
+    .. math:: \log p(x) = \log p(T(x), \text{data}) + \log|\det dT/dx|, \quad T = \text{biject\_to(support), site by site}
+
+    model, args, kwargs: a Pyro model and what it is called with. Float tensors in them (in dicts, lists and tuples too) are cast to
+    float64, and the model runs under default dtype float64 with validation off; both are restored. A model that fails in float64
+    because of float32 tensors of its own runs in float32. pyro.param sites are constants.
+
+    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; deterministic, those sites'
+    names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against single evaluations here);
+    failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say): they have log p = -inf; nonfinite, what
+    :func:`check_finite` does with NaN and +inf: "skip", since a model's arithmetic overflows far out.
+
+    Raises ValueError (TypeError for missing arguments), in one line, for what cannot be a target: no latent sites, discrete ones,
+    supports that depend on latent values or have no bijection, subsampling, random structure or un-named random numbers, data that
+    are empty, not finite, or broadcast against their distribution.
+    """
+
+    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._call = (model, args, kwargs)
+        try:
+            self._prepare(torch.float64)
+        except Exception as error:
+            if not _is_dtype_mismatch(error):
+                raise
+            self._prepare(torch.float32)
+
+    def _prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        model, args, kwargs = self._call
+        with torch.random.fork_rng(devices=[]):  # construction leaves the user's random numbers alone
+            torch.manual_seed(0)
+            self._run = ModelRun(model, args, kwargs, dtype, device)
+            layout = _describe(self._run)
+            self.dtype = dtype
+            self.device = None if device is None else torch.device(device)
+            self.nonfinite = "skip"
+            self.failed_rows = 0
+            self.last_failure = ""
+            self._layout = layout
+            self.dim = layout.dim
+            self.sites: tuple[Site, ...] = layout.sites
+            self.names = [site.name for site in layout.sites]
+            self.observed: Values = layout.observed
+            self.deterministic = list(layout.deterministic)
+            self._over_rows = torch.func.vmap(self._run.log_joint)
+            self.mode, self.mode_reason = "loop", ""
+            self._choose_mode()
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PyroModel:
+        """The same model with its arguments in another dtype or on another device."""
+        other = object.__new__(PyroModel)
+        other._call = self._call
+        other._prepare(dtype or self.dtype, device or self.device)
+        other.nonfinite = self.nonfinite
+        return other
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p of each row of x (N, dim), as (N,) in x's dtype; -inf, counted, for rows at which the model raises."""
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
+        with self._run.settings():
+            inside = x.to(dtype=self.dtype, device=self.device)
+            values, log_det = self._transform(inside)
+            log_p = torch.cat(by_halves(self._log_joint, values, self._failed))
+            if log_det is not None:
+                # where the model raised, the transform's own infinities must not turn -inf into NaN
+                log_p = torch.where(log_p == -torch.inf, log_p, log_p + log_det) if self.failed_rows else log_p + log_det
+            return log_p.to(dtype=x.dtype, device=x.device)
+
+    def constrain(self, x: Tensor) -> Values:
+        """Named values of x (N, dim): every latent site (N, *shape), then every deterministic one (NaN where the model raises)."""
+        with self._run.settings():
+            values, _ = self._transform(x.to(dtype=self.dtype, device=self.device))
+            if not self.deterministic:
+                return values
+            evaluate = torch.func.vmap(self._run.deterministic) if self.mode == "vmap" else self._deterministic_in_turn
+            blocks = []
+            for start in range(0, len(x), BLOCK):
+                block = {name: value[start : start + BLOCK] for name, value in values.items()}
+                blocks += by_halves(evaluate, block, self._failed_deterministic)
+        return values | {name: torch.cat([block[name] for block in blocks]) for name in self.deterministic if blocks}
+
+    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
+        """x (dim,) of one point's constrained values, or x (N, dim) of a batch: the inverse of :meth:`constrain`.
+
+        values: by latent site, each of the site's shape or all with one leading dimension N; others (deterministic) are ignored.
+        Raises ValueError for a missing site, a wrong shape, or a value outside its site's support.
+        """
+        missing = [name for name in self.names if name not in values]
+        if missing:
+            raise ValueError(f"values: expected one for every latent site, got none for '{missing[0]}'")
+        parts, batched = [], set()
+        for site in self.sites:
+            value = torch.as_tensor(values[site.name], dtype=self.dtype, device=self.device)
+            batched.add(value.dim() > len(site.shape))
+            value = value if value.dim() > len(site.shape) else value[None]
+            if value.shape[1:] != site.shape:
+                got = tuple(torch.as_tensor(values[site.name]).shape)
+                raise ValueError(f"values['{site.name}']: expected shape {tuple(site.shape)} or (N, ...), got {got}")
+            if not bool(site.support.check(value).all()):
+                raise ValueError(f"values['{site.name}']: expected values in the support {site.support}, got some outside")
+            parts.append(site.unconstrained(value))
+        if len({len(part) for part in parts}) > 1 or len(batched) > 1:
+            raise ValueError(f"values: expected one leading size, got {sorted({len(part) for part in parts})}")
+        x = torch.cat(parts, -1)
+        return x if batched == {True} else x[0]
+
+    def prior(self, n: int) -> Tensor:
+        """x (n, dim) of draws from the prior (a flat prior, .mask(False), gives draws of the distribution under the mask).
+
+        Draws at which the model raises or x is not finite are drawn again. Uses torch's global random numbers.
+        """
+        rows: list[Tensor] = []
+        for _ in range(10 * n + 100):
+            if len(rows) == n:
+                break
+            try:
+                nodes = self._run.prior().nodes
+            except NUMERICAL:
+                continue
+            row = torch.cat([site.unconstrained(nodes[site.name]["value"][None]) for site in self.sites], -1)
+            rows += [row] if bool(row.isfinite().all()) else []
+        if len(rows) < n:
+            raise ValueError(f"prior: expected {n} finite draws, got {len(rows)} in {10 * n + 100} runs of the model")
+        return torch.cat(rows) if rows else torch.zeros(0, self.dim, dtype=self.dtype)
+
+    def coordinate_names(self) -> list[str]:
+        """A name for each coordinate of x: 'tau', 'theta[3]', 'b[1,2]' (positions in the unconstrained value)."""
+        return [name for site in self.sites for name in site.coordinate_names()]
+
+    def _transform(self, x: Tensor) -> tuple[Values, Tensor | None]:
+        """The latent values, each (N, *shape), and log|det dT/dx| (N,), None for the identity."""
+        values: Values = {}
+        total: Tensor | None = None
+        for site in self.sites:
+            values[site.name], log_det = site.constrained(x)
+            if log_det is not None:
+                total = log_det if total is None else total + log_det
+        return values, total
+
+    def _log_joint(self, values: Values) -> Tensor:
+        if self.mode == "vmap":
+            return self._over_rows(values)
+        if self.mode == "plate":
+            return self._log_joint_in_plate(values)
+        count = len(next(iter(values.values())))
+        return torch.stack([self._run.log_joint({k: v[i] for k, v in values.items()}) for i in range(count)])
+
+    def _log_joint_in_plate(self, values: Values) -> Tensor:
+        """Each value (N, *batch, *event) as (N, 1, .., *batch, *event), the particles left of the model's own plates."""
+        depth, shaped = self._layout.plate_nesting, {}
+        for site in self.sites:
+            batch = len(site.shape) - site.event_dim
+            value = values[site.name]
+            shaped[site.name] = value.reshape(len(value), *(1,) * (depth - batch), *site.shape)
+        return self._run.log_joint_in_plate(shaped, dim=-1 - depth)
+
+    def _deterministic_in_turn(self, values: Values) -> Values:
+        count = len(next(iter(values.values())))
+        rows = [self._run.deterministic({k: v[i] for k, v in values.items()}) for i in range(count)]
+        return {name: torch.stack([row[name] for row in rows]) for name in self.deterministic}
+
+    def _failed(self, values: Values, error: Exception) -> Tensor:
+        """-inf for one row, with gradient 0, so that it stays in the graph of the others."""
+        self.failed_rows += 1
+        self.last_failure = first_line(error)
+        touched = sum(value.reshape(1, -1).sum(-1) for value in values.values())
+        return torch.as_tensor(touched).masked_fill(torch.ones(1, dtype=torch.bool, device=touched.device), -torch.inf)
+
+    def _failed_deterministic(self, values: Values, error: Exception) -> Values:
+        self.last_failure = first_line(error)
+        like = next(iter(values.values()))
+        return {name: like.new_full((1, *shape), torch.nan) for name, shape in self._layout.deterministic.items()}
+
+    def _choose_mode(self) -> None:
+        """The first of vmap and particle plate that agrees with single evaluations at trial points; else the loop, with a warning."""
+        with torch.no_grad(), self._run.settings():
+            values, singles = self._trial()
+            reasons = []
+            for self.mode in ("vmap", "plate"):
+                try:
+                    batch = self._log_joint(values)
+                except Exception as error:  # anything may come out of a model that was not written for it
+                    reasons.append(f"{self.mode}: {first_line(error)}")
+                    continue
+                if torch.allclose(batch, singles, rtol=AGREEMENT[self.dtype], atol=AGREEMENT[self.dtype], equal_nan=True):
+                    self.mode_reason = "; ".join(reasons) or "agrees with single evaluations"
+                    return
+                reasons.append(f"{self.mode}: differs from single evaluations")
+        self.mode, self.mode_reason = "loop", "; ".join(reasons)
+        warnings.warn(f"PyroModel: evaluating row by row, which is slow ({self.mode_reason})", stacklevel=4)
+
+    def _trial(self) -> tuple[Values, Tensor]:
+        """Latent values at a few points and their log p by single evaluations; refuses a model that is random at fixed values."""
+        x = torch.cat([TRIAL_SCALE * torch.randn(3, self.dim), self.prior(PRIOR_TRIALS), TRIAL_SCALE * torch.randn(2, self.dim)])
+        values, _ = self._transform(x.to(self.device))
+        kept, singles, error = [], [], None
+        for i in range(len(x)):
+            row = {k: v[i] for k, v in values.items()}
+            try:
+                singles.append(self._run.log_joint(row))
+            except NUMERICAL as caught:
+                error = caught
+                continue
+            kept.append(i)
+            if len(kept) == 1:
+                self._check_repeatable(singles[0], self._run.log_joint(row))
+        if not kept:
+            raise ValueError(f"model: expected a log density at {len(x)} trial points, got {first_line(error)} at each") from error
+        return {k: v[kept] for k, v in values.items()}, torch.stack(singles)
+
+    def _check_repeatable(self, a: Tensor, b: Tensor) -> None:
+        if not torch.allclose(a, b, rtol=1e-4 if self.dtype == torch.float32 else 1e-9, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"model: expected the same log density at the same values, got {float(a):.6g} and {float(b):.6g}; "
+                "draw every random number by pyro.sample, so that it has a name"
+            )
+
+
+def _describe(run: ModelRun) -> Layout:
+    """inspect_model, with whatever the model itself raises put into one line."""
+    try:
+        return inspect_model(run)
+    except (ValueError, TypeError):
+        raise
+    except NotImplementedError as error:
+        raise ValueError(first_line(error).removeprefix("NotImplementedError: ")) from error
+    except Exception as error:
+        raise ValueError(f"model: expected to run with latent values from its prior, got {first_line(error)}") from error
+
+
+def _is_dtype_mismatch(error: BaseException) -> bool:
+    """Whether a float64 value met a float32 tensor that the model holds itself, in an operation that does not promote."""
+    message = f"{error}"
+    return any(part in message for part in ("same dtype", "scalar type", "Double != float", "double != float", "Float and Double"))

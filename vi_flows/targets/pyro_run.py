@@ -1,0 +1,197 @@
+"""One run of a Pyro model: its settings, its joint log density at given values, and what survives a failing row."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any, Callable, Iterator
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+# What the numbers of one row can raise; at run time anything else is a mistake in the program and is left alone.
+# Adaptive ODE solvers assert that their step has not underflowed.
+NUMERICAL = (torch.linalg.LinAlgError, ValueError, ArithmeticError, AssertionError)
+
+Values = dict[str, Tensor]
+
+
+class ModelRun:
+    """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
+
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple, kwargs: dict, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        check_arguments(model, args, kwargs)
+        self.model = model
+        self.args: tuple = cast(args, dtype, device)
+        self.kwargs: dict = cast(kwargs, dtype, device)
+        self.dtype = dtype
+        self.params: Values = {}
+
+    def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
+        """The model's default dtype, and validation off unless asked for; the user's are restored on leaving."""
+        return settings(self.dtype, validate)
+
+    def trace(self, values: Values | None = None) -> poutine.Trace:
+        """The trace of one run, with the given latent values or with draws from the prior. Call under settings()."""
+        with contextlib.ExitStack() as stack:
+            tracer = stack.enter_context(poutine.trace())
+            if values is not None:
+                stack.enter_context(poutine.condition(data=values))
+            if self.params:
+                stack.enter_context(poutine.substitute(data=self.params))
+            self.model(*self.args, **self.kwargs)
+        return tracer.trace
+
+    def prior(self, validate: bool = False) -> poutine.Trace:
+        """A run with latent values from the prior, in its own copy of the parameter store (pyro.param writes into it)."""
+        store = pyro.get_param_store()
+        with self.settings(validate), store.scope(store.get_state()), torch.no_grad(), _PriorDraws(self.dtype):
+            trace = self.trace()
+            if validate:  # whether data are in the support shows only here
+                trace.compute_log_prob(lambda name, site: is_data(site))
+            return trace
+
+    def log_joint(self, values: Values) -> Tensor:
+        """log p(values, data) of one point, a scalar. Call under settings()."""
+        return torch.as_tensor(self.trace(values).log_prob_sum(_counts))
+
+    def log_joint_in_plate(self, values: Values, dim: int) -> Tensor:
+        """log p(values, data) (N,) of values that carry the particles at plate dimension `dim`. Call under settings()."""
+        count = len(next(iter(values.values())))
+        with pyro.plate("_particles", count, dim=dim):
+            trace = self.trace(values)
+        trace.compute_log_prob(_counts)
+        total = torch.zeros(())
+        for site in trace.nodes.values():
+            if "log_prob" in site:
+                log_p = site["log_prob"]
+                if log_p.dim() != -dim or log_p.shape[0] != count:
+                    raise ValueError(f"site '{site['name']}' has log_prob of shape {tuple(log_p.shape)} in the particle plate")
+                total = total + log_p.reshape(count, -1).sum(-1)
+        return total
+
+    def deterministic(self, values: Values) -> Values:
+        """The pyro.deterministic sites at one point. Call under settings()."""
+        nodes = self.trace(values).nodes
+        return {name: site["value"] for name, site in nodes.items() if is_deterministic(site)}
+
+
+@contextlib.contextmanager
+def settings(dtype: torch.dtype, validate: bool) -> Iterator[None]:
+    """Set the default dtype and the validation of pyro and torch distributions; restore what was there."""
+    before, torch_validates = torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    try:
+        with pyro.validation_enabled(validate):
+            torch.set_default_dtype(dtype)
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        # pyro.validation_enabled would set torch's flag to pyro's, and a user may have set them apart
+        torch.distributions.Distribution.set_default_validate_args(torch_validates)
+
+
+def cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
+    """value with its float tensors in dtype and all its tensors on device, through nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: cast(item, dtype, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(item, dtype, device) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast(item, dtype, device) for item in value)
+    return value
+
+
+def check_arguments(model: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+    """Raise TypeError in one line unless the model can be called with these arguments."""
+    if not callable(model):
+        raise TypeError(f"model: expected a Pyro model (a callable), got {type(model).__name__}")
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, torch.nn.Module) else model)
+    except (TypeError, ValueError):  # a callable without a readable signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise TypeError(f"model: expected arguments for {name}{signature}, got: {error}; pass them after the model") from None
+
+
+def by_halves(evaluate: Callable[[Values], Any], values: Values, failed: Callable[[Values, Exception], Any]) -> list[Any]:
+    """Results of evaluate over consecutive blocks of the rows of values; a row that raises alone gives failed(row, error)."""
+    try:
+        return [evaluate(values)]
+    except NUMERICAL as error:
+        count = len(next(iter(values.values())))
+        if in_vmap():
+            raise  # inside someone's vmap, this one row stands for all of theirs
+        if count == 1:
+            return [failed(values, error)]
+    half = count // 2
+    parts = {k: v[:half] for k, v in values.items()}, {k: v[half:] for k, v in values.items()}
+    return by_halves(evaluate, parts[0], failed) + by_halves(evaluate, parts[1], failed)
+
+
+def in_vmap() -> bool:
+    """Whether torch.func.vmap surrounds the call (there is no public question for it)."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, with its type, cut at 200 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # Pyro puts the cause below "Error while ... at site 'y':"
+    return f"{type(error).__name__}: {line}"[:200]
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a pyro.deterministic site."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
+def is_plate(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a plate's choice of indices."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample"
+
+
+def is_data(site: dict[str, Any]) -> bool:
+    """Whether a trace node is an observed site with data, not a factor."""
+    if site["type"] != "sample" or not site["is_observed"] or is_plate(site) or is_deterministic(site):
+        return False
+    return not site["infer"].get("is_auxiliary") and isinstance(site["value"], Tensor)
+
+
+def _counts(name: str, site: dict[str, Any]) -> bool:
+    return not (is_plate(site) or is_deterministic(site))
+
+
+class _PriorDraws(poutine.messenger.Messenger):
+    """Casts draws to the run's dtype (a module may hold float32 priors), and names a site whose prior cannot be drawn."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, dist.ImproperUniform) and msg["value"] is None:
+            raise NotImplementedError(
+                f"site '{msg['name']}': expected a prior that can be drawn from, got ImproperUniform; "
+                "write a flat prior as a proper one on the same support with .mask(False), e.g. Normal(0, 1).mask(False)"
+            )
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor) and msg["value"].is_floating_point():
+            msg["value"] = msg["value"].to(self.dtype)

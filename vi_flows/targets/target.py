@@ -1,0 +1,151 @@
+"""What is approximated: an unnormalised log density on R^D, and how its points become named values."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, Callable, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .pyro_model import PyroModel
+
+POLICIES = ("raise", "skip")
+SKIPPED_WARN, SKIPPED_RAISE = 0.01, 0.2
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Anything with a dimension, a batched log density and named values.
+
+    log_prob maps x (N, dim) to (N,), row by row, differentiably and without branching on values; constrain maps the same x to a
+    dict of tensors with leading dimension N. Optional: ``dtype``, ``to(dtype, device)``, ``nonfinite`` ("raise" or "skip").
+    """
+
+    dim: int
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]: ...
+
+
+class LogDensity:
+    """The target log p(x) = fn(x), up to a constant.
+
+    fn: maps a float tensor x (N, dim) to the log densities (N,), differentiably and row by row. It is given a copy of x in the
+    target's own ``dtype`` (float64 unless changed by :meth:`to`), so it may work in place; the result returns in x's dtype.
+    dim: D, the number of coordinates of x.
+    nonfinite: what :func:`check_finite` does with NaN and +inf: "raise", or "skip" (weight 0, counted).
+    Raises TypeError or ValueError for arguments of another kind.
+    """
+
+    argument = "log_prob"  # what the user calls fn, for messages
+    sign = 1
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], dim: int, nonfinite: str = "raise") -> None:
+        if not callable(fn):
+            raise TypeError(f"fn: expected a callable (N, dim) -> (N,), got {type(fn).__name__}; pass the function itself")
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim: expected a positive int, got {dim!r}; pass the number of coordinates of x")
+        if dim < 1:
+            raise ValueError(f"dim: expected a positive int, got {dim}; pass the number of coordinates of x")
+        if nonfinite not in POLICIES:
+            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+        self.fn = fn
+        self.dim = dim
+        self.nonfinite = nonfinite
+        self.dtype = torch.float64
+        self.device: torch.device | None = None
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p of each row of x (N, dim), as (N,) in x's dtype. Raises ValueError where fn's result has another form."""
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
+        inside = x.to(dtype=self.dtype, device=self.device, copy=True)  # a copy: fn may change its input in place
+        value = self.fn(inside)
+        check_form(value, x.shape[0], inside.device, self.argument)
+        value = value.to(dtype=x.dtype, device=x.device)
+        return value if self.sign > 0 else -value
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        """The points under one name: {"x": x}."""
+        return {"x": x}
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LogDensity:
+        """A copy whose fn is evaluated in another dtype or on another device."""
+        other = copy.copy(self)
+        other.dtype = other.dtype if dtype is None else dtype
+        other.device = other.device if device is None else torch.device(device)
+        return other
+
+
+class Energy(LogDensity):
+    """The target log p(x) = -fn(x), up to a constant: fn is an energy in units of kT. Arguments as in :class:`LogDensity`."""
+
+    argument = "energy"
+    sign = -1
+
+
+def check_form(value: Any, count: int, device: torch.device, name: str) -> None:
+    """Raise ValueError unless value is a float tensor of shape (count,) on device: static, so that tracing passes through it."""
+    expected = f"{name}: expected a float tensor of shape ({count},)"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{expected}, got {type(value).__name__}; compute it with torch operations on x, one value per row")
+    if tuple(value.shape) != (count,):
+        raise ValueError(f"{expected}, got {tuple(value.shape)}; {_shape_remedy(tuple(value.shape), count, name)}")
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{expected}, got dtype {value.dtype}; return a real floating-point log density")
+    if value.device != device:
+        raise ValueError(f"{expected} on {device}, got one on {value.device}; keep the result on the device of x")
+
+
+def _shape_remedy(shape: tuple[int, ...], count: int, name: str) -> str:
+    if shape == (count, 1):
+        return f"return {name}(x).squeeze(-1)"
+    if shape == ():
+        return "sum over the coordinates only, .sum(-1), not over the rows"
+    if len(shape) == 2 and shape[0] == count:
+        return "sum over the coordinates, .sum(-1)"
+    return "return one value per row of x"
+
+
+def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]:
+    """Apply the target's policy for NaN and +inf to log_p (N,) at x (N, dim); returns (log_p, how many were replaced).
+
+    "raise" (the default): ValueError naming the first such x. "skip": they become -inf, so weight 0 and gradient 0 in log_p; above
+    1 % of the rows this warns, above 20 % it raises ValueError. -inf is a legitimate value (weight 0) and passes.
+    """
+    bad = log_p.isnan() | (log_p == torch.inf)
+    count = int(bad.sum())
+    if count == 0:
+        return log_p, 0
+    first = int(bad.nonzero()[0, 0])
+    where = f"{float(log_p[first])} at x = {show(x[first])} ({count} of {len(x)} points)"
+    if getattr(target, "nonfinite", "raise") == "raise":
+        raise ValueError(
+            f'log_prob: expected finite values or -inf, got {where}; repair the density there, or pass nonfinite="skip"'
+        )
+    if count > SKIPPED_RAISE * len(x):
+        raise ValueError(f"log_prob: expected at most 20 % of the values NaN or +inf to skip, got {where}; repair the density")
+    if count > SKIPPED_WARN * len(x):
+        warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
+    return torch.where(bad, -torch.inf, log_p), count
+
+
+def show(x: Tensor, limit: int = 6) -> str:
+    """A point for a message: '[0.1, -2]', cut after `limit` coordinates."""
+    values = [f"{float(v):.4g}" for v in x.detach().reshape(-1)[:limit]]
+    return f"[{', '.join(values)}{', ...' if x.numel() > limit else ''}]"
+
+
+def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any) -> Target:
+    """A Target as it is, or PyroModel(model, *args) of a Pyro model. Raises TypeError for anything else."""
+    if isinstance(target_or_model, Target) and not isinstance(target_or_model, type):
+        if args:
+            raise TypeError(f"args: expected none beside a target, got {len(args)}; only a Pyro model takes its data here")
+        return target_or_model
+    if not callable(target_or_model):
+        kind = type(target_or_model).__name__
+        raise TypeError(f"target: expected a Target or a Pyro model, got {kind}; wrap a function as LogDensity(fn, dim=D)")
+    return PyroModel(target_or_model, *args)
