@@ -8,11 +8,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import constraints
 
 from vi_flows.targets import PyroModel, check_target, resolve_target, settle_dtype
 
-torch.set_num_threads(1)
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 FEW = torch.tensor([0.3, -1.2, 0.8, 2.0])
@@ -38,7 +38,10 @@ def many_supports():
     pyro.sample("interval", dist.Uniform(-1.0, 3.0))
     pyro.sample("unit", dist.Beta(2.0, 3.0))
     pyro.sample("simplex", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-    pyro.sample("ordered", dist.TransformedDistribution(dist.Normal(0, 1).expand([3]).to_event(1), dist.transforms.OrderedTransform()))
+    pyro.sample(
+        "ordered",
+        dist.TransformedDistribution(dist.Normal(0, 1).expand([3]).to_event(1), dist.transforms.OrderedTransform()),
+    )
     pyro.sample("corr", dist.LKJCholesky(3, 2.0))
     pyro.sample("pareto", dist.Pareto(1.0, 3.0))
 
@@ -65,7 +68,9 @@ def mixture(y):
 
 
 def mixture_prior(y):
-    parts = dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.LogNormal(torch.tensor([0.0, 1.0]), torch.ones(2)))
+    parts = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.LogNormal(torch.tensor([0.0, 1.0]), torch.ones(2))
+    )
     s = pyro.sample("s", parts)
     pyro.sample("y", dist.Normal(0, s).expand([len(y)]).to_event(1), obs=y)
 
@@ -120,6 +125,26 @@ def scaled(y):
         pyro.sample("y", dist.Normal(mu, 1), obs=y)
 
 
+def centred(y):
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("n", len(y)):
+        b = pyro.sample("b", dist.Normal(0, tau))
+        pyro.sample("y", dist.Normal(b, 1), obs=y)
+
+
+def ordered_logistic(y):
+    cut = dist.TransformedDistribution(dist.Normal(0, 1).expand([2]).to_event(1), dist.transforms.OrderedTransform())
+    cut, eta = pyro.sample("cut", cut), pyro.sample("eta", dist.Normal(0, 1))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.OrderedLogistic(eta, cut), obs=y.gt(0).long())
+
+
+def bounded_by_latent(y):
+    bound = pyro.sample("bound", dist.Pareto(1.0, 2.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Uniform(-bound, bound), obs=y)
+
+
 def many_arguments(data, *, prior):
     mu = pyro.sample("mu", dist.Normal(prior["loc"], prior["scale"][0]))
     pyro.sample("y", dist.Normal(mu, 1).expand([len(data[0])]).to_event(1), obs=data[0])
@@ -155,8 +180,15 @@ BY_VMAP = {
     "undeclared batch": (undeclared_batch, (FEW,), {}, 3),
     "pyro.param": (with_param, (FEW,), {}, 1),
     "scaled": (scaled, (FEW,), {}, 1),
-    "nested arguments": (many_arguments, ([FEW, "name"],), {"prior": {"loc": torch.tensor(1.0), "scale": (torch.tensor(2.0),)}}, 1),
+    "nested arguments": (
+        many_arguments,
+        ([FEW, "name"],),
+        {"prior": {"loc": torch.tensor(1.0), "scale": (torch.tensor(2.0),)}},
+        1,
+    ),
     "module": (Regression(), (FEW, FEW), {}, 2),
+    "reparametrised": (poutine.reparam(centred, {"b": LocScaleReparam(0.0)}), (FEW,), {}, 5),
+    "data bounded by a latent": (bounded_by_latent, (0.4 * FEW,), {}, 1),
     "conditioned": (poutine.condition(conjugate, data={"mu0": torch.tensor(0.0)}), (FEW,), {}, 1),
 }
 
@@ -242,6 +274,7 @@ def discrete_hmm(y):
 
 
 FALL_BACK = {
+    "ordered logistic": (ordered_logistic, ("vmap", "plate"), 3),
     "no vmap rule": (no_vmap_rule, ("plate",), 5),
     "value branch": (branch, ("loop",), 1),
     ".item()": (item, ("loop",), 2),
@@ -325,25 +358,58 @@ def mistyped(y):
 
 NAN = torch.tensor([1.0, 2.0, math.nan, 4.0])
 REFUSED = {
-    "no latent sites": (lambda: pyro.sample("y", dist.Normal(0, 1), obs=FEW[0]), (), "at least one latent pyro.sample site, got none"),
+    "no latent sites": (
+        lambda: pyro.sample("y", dist.Normal(0, 1), obs=FEW[0]),
+        (),
+        "at least one latent pyro.sample site, got none",
+    ),
     "NaN in data": (conjugate, (NAN,), r"site 'y': expected finite observed data, got nan at index \[2\]"),
-    "inf in data": (conjugate, (NAN.nan_to_num(math.inf),), r"site 'y': expected finite observed data, got inf at index \[2\]"),
+    "inf in data": (
+        conjugate,
+        (NAN.nan_to_num(math.inf),),
+        r"site 'y': expected finite observed data, got inf at index \[2\]",
+    ),
     "empty data": (conjugate, (FEW[:0],), "a plate is empty, so pass data"),
     "empty data without a plate": (no_plate, (FEW[:0, None],), r"got an empty tensor of shape \(0, 1\)"),
-    "latent-dependent support": (latent_support, (), "site 'u': .* got Uniform whose support depends on the latent site 's'"),
-    "ImproperUniform": (prior_only(lambda: dist.ImproperUniform(constraints.real, (), ())), (), r"site 'x': .*mask\(False\)"),
-    "discrete": (prior_only(lambda: dist.Bernoulli(0.5)), (), "site 'x': expected a continuous latent variable, got discrete Bernoulli"),
-    "Wishart": (prior_only(lambda: dist.Wishart(torch.tensor(3.0), torch.eye(2))), (), "site 'x': expected a support that"),
+    "latent-dependent support": (
+        latent_support,
+        (),
+        "site 'u': .* got Uniform whose support depends on the latent site 's'",
+    ),
+    "ImproperUniform": (
+        prior_only(lambda: dist.ImproperUniform(constraints.real, (), ())),
+        (),
+        r"site 'x': .*mask\(False\)",
+    ),
+    "discrete": (
+        prior_only(lambda: dist.Bernoulli(0.5)),
+        (),
+        "site 'x': expected a continuous latent variable, got discrete Bernoulli",
+    ),
+    "Delta": (prior_only(lambda: dist.Delta(torch.tensor(1.0))), (), "site 'x': .* got Delta; use pyro.deterministic"),
+    "Wishart": (
+        prior_only(lambda: dist.Wishart(torch.tensor(3.0), torch.eye(2))),
+        (),
+        "site 'x': expected a support that",
+    ),
     "sphere": (prior_only(lambda: dist.ProjectedNormal(torch.ones(3))), (), "site 'x': expected a support that"),
     "subsampling": (subsampled, (FEW,), "plate 'n': expected all 4 rows, got a subsample of 2"),
     "random structure": (random_structure, (), "the same sites in every run, got 'extra' in some runs only"),
     "random size": (random_size, (), "site 'extra': expected one shape in every run"),
     "hidden noise": (hidden_noise, (FEW,), "the same log density at the same values"),
-    "(N, 1) data in a plate": (conjugate, (FEW[:, None],), r"site 'y': expected data of the distribution's shape, got \(4, 1\)"),
+    "(N, 1) data in a plate": (
+        conjugate,
+        (FEW[:, None],),
+        r"site 'y': expected data of the distribution's shape, got \(4, 1\)",
+    ),
     "(N, 1) mean in a plate": (column_mean, (FEW,), r"site 'y': .* got \(4,\) against \(4, 4\)"),
     "(N, 1) data without a plate": (no_plate, (FEW[:, None],), r"broadcast to \(4, 4\)"),
     "data of another length": (no_plate, (FEW[:3],), "model: expected to run"),
-    "data outside the support": (lambda y: pyro.sample("y", dist.Poisson(pyro.sample("r", dist.Gamma(1.0, 1.0))), obs=y), (FEW[1],), "site 'y'"),
+    "data outside the support": (
+        lambda y: pyro.sample("y", dist.Poisson(pyro.sample("r", dist.Gamma(1.0, 1.0))), obs=y),
+        (FEW[1],),
+        "site 'y': expected data in the support",
+    ),
     "KeyError inside": (broken, (FEW,), "got KeyError: 'sigma'"),
     "wrong shapes inside": (mistyped, (FEW,), "got RuntimeError: both arguments to matmul"),
 }
@@ -394,11 +460,13 @@ def test_hand_written_eight_schools():
 
 
 def test_log_determinants_against_the_autograd_jacobian():
-    """exp(log p) is a density over R^D: prior terms at T(x), plus log|det dT/dx| from the Jacobian of free coordinates."""
+    """log p is the prior's at T(x) plus log|det dT/dx|, here from the Jacobian of T's free coordinates."""
     target = PyroModel(many_supports)
     x = small(target.dim, n=4)
 
-    def free(row):  # as many coordinates of T(x) as there are in x: the simplex without its last, the factor's lower triangle
+    def free(
+        row,
+    ):  # as many coordinates of T(x) as there are in x: the simplex without its last, the factor's lower triangle
         v = target.constrain(row[None])
         corr = v["corr"][0]
         return torch.cat([
@@ -413,7 +481,8 @@ def test_log_determinants_against_the_autograd_jacobian():
             d.log_prob(named[k])
             for k, d in {
                 "positive": dist.Gamma(2.0, 3.0), "interval": dist.Uniform(-1.0, 3.0), "unit": dist.Beta(2.0, 3.0),
-                "simplex": dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0]).double()), "corr": dist.LKJCholesky(3, torch.tensor(2.0).double()),
+                "simplex": dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0]).double()),
+                "corr": dist.LKJCholesky(3, torch.tensor(2.0).double()),
                 "pareto": dist.Pareto(1.0, 3.0),
                 "ordered": dist.TransformedDistribution(
                     dist.Normal(torch.zeros(3).double(), 1).to_event(1), dist.transforms.OrderedTransform()
@@ -493,7 +562,12 @@ def test_global_state_is_restored():
 
     def state():
         torch_validates = torch.distributions.Distribution._validate_args
-        return torch.get_default_dtype(), torch_validates, dist.is_validation_enabled(), poutine.util.is_validation_enabled()
+        return (
+            torch.get_default_dtype(),
+            torch_validates,
+            dist.is_validation_enabled(),
+            poutine.util.is_validation_enabled(),
+        )
 
     before, rng = state(), torch.get_rng_state()
     target = PyroModel(model, FEW)
@@ -568,6 +642,13 @@ def test_unconstrain_refuses():
     ]:
         with pytest.raises(ValueError, match=message):
             target.unconstrain(wrong)
+
+
+def test_reparametrised_sites_keep_their_names():
+    target = PyroModel(poutine.reparam(centred, {"b": LocScaleReparam(0.0)}), FEW)
+    assert target.names == ["tau", "b_decentered"] and target.deterministic == ["b"] and list(target.observed) == ["y"]
+    x = small(5)
+    assert torch.allclose(target.constrain(x)["b"], x[:, :1].exp() * x[:, 1:])
 
 
 def test_prior_draws_follow_the_prior_and_the_seed():

@@ -1,0 +1,33 @@
+"""vi_flows: variational inference and Bayesian sampling with normalizing flows, and a verdict on every fit."""
+
+from . import testing
+from .flows import bases, recipes
+from .flows.distribution import Flow, FlowDistribution, NotConverged
+from .inference.checkpoint import load
+from .inference.diagnose import Verdict
+from .inference.fit import fit
+from .inference.posterior import Posterior
+from .inference.training import DivergedError
+from .inference.weights import log_weights
+from .targets import Energy, LogDensity, PyroModel, Target
+
+__all__ = [
+    "DivergedError",
+    "Energy",
+    "Flow",
+    "FlowDistribution",
+    "LogDensity",
+    "NotConverged",
+    "Posterior",
+    "PyroModel",
+    "Target",
+    "Verdict",
+    "bases",
+    "fit",
+    "load",
+    "log_weights",
+    "recipes",
+    "testing",
+]
+
+__version__ = "0.1.0"

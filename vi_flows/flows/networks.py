@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from .linear import bounded
 from .parameters import START_SD
+
+REACH = 10.0  # a network sees reach · tanh(z/reach): beyond it, in the far tails, its output no longer changes
 
 
 def autoregressive_degrees(dim: int, width: int) -> Tensor:
@@ -18,7 +21,7 @@ def autoregressive_degrees(dim: int, width: int) -> Tensor:
 
 
 class Conditioner(nn.Module):
-    """raw = W_L silu(... silu(W_1 z + C context + b_1) ...) + b_L, shaped (\\*batch, count, features).
+    """raw = W_L silu(... silu(W_1 z̃ + C context + b_1) ...) + b_L, shaped (\\*batch, count, features), z̃ = bounded(z).
 
     Weights are stored times the square root of their fan-in, so that a parameter's step moves its output by about as
     much whatever the width: one learning rate suits all layers, and a perturbed network stays well-conditioned.
@@ -43,16 +46,20 @@ class Conditioner(nn.Module):
         order: Sequence[int] | None = None,
     ):
         super().__init__()
+        if not hidden or any(not isinstance(width, int) or width < 1 for width in hidden):
+            raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")
         self.features, self.count = features, count
-        sizes = [inputs, *hidden, features * count]
-        pairs = list(itertools.pairwise(sizes))
-        start = [1.0] * len(hidden) + [START_SD]
-        self.weights = nn.ParameterList(sd * torch.randn(m, n) for sd, (n, m) in zip(start, pairs, strict=True))
-        self.biases = nn.ParameterList(sd * torch.randn(m) for sd, (_, m) in zip(start, pairs, strict=True))
+        pairs = list(itertools.pairwise([*hidden, features * count]))
+        start = [1.0] * (len(hidden) - 1) + [START_SD]
+        self.inner = nn.Parameter(torch.randn(hidden[0], inputs)) if inputs else None
         self.context = None if context is None else nn.Parameter(torch.randn(hidden[0], context))
+        self.weights = nn.ParameterList(sd * torch.randn(m, n) for sd, (n, m) in zip(start, pairs, strict=True))
+        self.biases = nn.ParameterList(
+            sd * torch.randn(m) for sd, m in zip([1.0, *start], [hidden[0], *(m for _, m in pairs)], strict=True)
+        )
+        self.masked = order is not None
         for i, mask in enumerate(self.masks(order, hidden) if order is not None else []):
             self.register_buffer(f"mask{i}", mask)
-        self.masked = order is not None
 
     def masks(self, order: Sequence[int], hidden: Sequence[int]) -> list[Tensor]:
         dim = len(order)
@@ -64,7 +71,8 @@ class Conditioner(nn.Module):
 
     def weight(self, i: int) -> Tensor:
         """Weights of layer i, scaled and masked."""
-        weight = self.weights[i] * max(self.weights[i].shape[1], 1) ** -0.5
+        weight = self.inner if i == 0 else self.weights[i - 1]
+        weight = weight * weight.shape[1] ** -0.5
         return weight * getattr(self, f"mask{i}") if self.masked else weight
 
     def first_bias(self, context: Tensor | None) -> Tensor:
@@ -74,7 +82,12 @@ class Conditioner(nn.Module):
         return linear(context, self.context * context.shape[-1] ** -0.5, self.biases[0])
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        h = linear(z, self.weight(0)) + self.first_bias(context)
+        h = self.first_bias(context)
+        if self.inner is not None:
+            h = linear(bounded(z, REACH), self.weight(0)) + h
         for i in range(1, len(self.weights)):
             h = linear(silu(h), self.weight(i), self.biases[i])
-        return h.unflatten(-1, (self.count, self.features))
+        rows = silu(h).reshape(-1, h.shape[-1])
+        # the batch is the last axis in memory: univariates then work along long contiguous rows
+        raw = torch.addmm(self.biases[-1].unsqueeze(-1), self.weight(len(self.weights)), rows.mT)
+        return raw.view(self.count, self.features, *h.shape[:-1]).movedim((0, 1), (-2, -1))

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 HIDDEN = (64, 64)
-CONDITIONED_LOG_SCALE = 3.0  # bound of a conditioner's log-scale in one layer
+CONDITIONED_LOG_SCALE = 2.5  # bound of a conditioner's log-scale in one layer
 
 
 def diagonal(dim: int, context: int | None = None, *, base: Base | None = None) -> Flow:
@@ -82,6 +82,8 @@ def sylvester(
     if rank > dim or (kind == "triangular" and rank != dim):
         expected = f"{dim} (= dim) for a triangular Sylvester flow" if kind == "triangular" else f"at most dim = {dim}"
         raise ValueError(f"rank: expected {expected}, got {rank}")
+    if dim == 1 and kind in ("orthogonal", "householder"):
+        kind = "triangular"  # Q = ±1 has nothing to learn
     if kind == "orthogonal":
         stack = [Parametric(OrthogonalSylvester, dim, context, rank=rank) for _ in range(layers)]
     elif kind == "householder":
@@ -178,6 +180,8 @@ def _autoregressive(
     dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Univariate
 ) -> list[Layer]:
     """Autoregressive layers in alternating order; affine ones only scale gently, so an elementwise affine closes."""
+    if dim == 1:  # no coordinate comes before: numbers of the context alone
+        return _coupling(dim, context, layers, hidden, univariate, "none")
     orders = [range(dim) if i % 2 == 0 else range(dim - 1, -1, -1) for i in range(_positive("layers", layers))]
     stack: list[Layer] = [Autoregressive(order, univariate, hidden, context) for order in orders]
     return [*stack, Parametric(affine(), dim, context)]

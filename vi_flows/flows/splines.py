@@ -6,66 +6,64 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .bijection import Bijection
 from .linear import bounded
 from .univariate import Univariate
 
-MIN_BIN = 1e-3  # of the interval, in width and in height
-LOG_SIZE_BOUND = 3.0  # bins within e^±3 of one another and inner slopes within e^±4: steeper stacks cannot be inverted
-LOG_SLOPE_BOUND = 4.0
+LOG_BOUND = 3.0  # bins within e^±3 of one another, inner slopes within e^±3: steeper stacks cannot be inverted
 
 
 class RationalQuadratic(Bijection):
     """Durkan et al. 2019, eqs. 4-8: K rational-quadratic pieces on [−bound, bound], the identity outside it.
 
-    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (bounded softmax) and K − 1 inner slopes (bounded exponential). The
-    slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line.
+    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (softmax) and K − 1 inner slopes (exponential), all bounded. The
+    slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line. Inside, bins
+    lead and the batch is last: (K, dim, \\*batch).
     """
 
     def __init__(self, raw: Tensor, bound: float):
-        raw = raw.movedim(-2, 0)  # bins lead: a long contiguous last axis
-        bins = (raw.shape[0] + 1) // 3
         self.bound = bound
-        self.x = self.knots(raw[:bins])
-        self.y = self.knots(raw[bins : 2 * bins])
-        self.slopes = pad(bounded(raw[2 * bins :], LOG_SLOPE_BOUND).exp().movedim(0, -1), (1, 1), value=1.0).movedim(
-            -1, 0
-        )
+        exponentials = bounded(raw.movedim((-2, -1), (0, 1)), LOG_BOUND).exp()
+        bins = (raw.shape[-2] + 1) // 3
+        sizes, slopes = exponentials.split([2 * bins, bins - 1])
+        edge = torch.ones_like(slopes[:1])
+        self.slopes = torch.cat([edge, slopes, edge])
+        below = torch.ones(bins + 1, bins, dtype=raw.dtype, device=raw.device).tril(-1)
+        # where the bins end in x and y, (2, K + 1, dim, *batch), in units of the last: from 0 to a total
+        self.ends = (below @ sizes.reshape(2, bins, -1)).view(2, bins + 1, *sizes.shape[1:])
 
-    def knots(self, raw: Tensor) -> Tensor:
-        """K raw sizes to the K + 1 knots, from −bound to bound exactly."""
-        bins = raw.shape[0]
-        sizes = MIN_BIN + (1 - bins * MIN_BIN) * bounded(raw, LOG_SIZE_BOUND).softmax(0)
-        inner = self.bound * (2 * sizes[:-1].cumsum(0) - 1)
-        edge = torch.full_like(raw[:1], self.bound)
-        return torch.cat([-edge, inner, edge])
-
-    def bin(self, knots: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """The bin of each value by ``knots``: its left x and y, width, height, and the slopes at its two ends."""
-        shape = torch.broadcast_shapes(knots.shape[1:], value.shape)
-        index = (value >= knots[1:-1]).sum(0).expand(shape)
-        ends = torch.stack([index, index + 1])
-        (x0, x1), (y0, y1), (d0, d1) = (t.expand(-1, *shape).gather(0, ends) for t in (self.x, self.y, self.slopes))
+    def bins(self, axis: int, value: Tensor) -> tuple[Tensor, ...]:
+        """The bin of each value along ``axis`` (0: x, 1: y): its left x and y, width, height, slopes at both ends."""
+        ends, slopes = _spread(self.ends, 2, value.shape), _spread(self.slopes, 1, value.shape)
+        total = ends[:, -1]
+        index = ((value / (2 * self.bound) + 0.5) * total[axis] >= ends[axis, 1:-1]).sum(0)
+        both = torch.stack([index, index + 1])
+        d0, d1 = slopes.gather(0, both).unbind()
+        knots = 2 * self.bound * (ends.gather(1, both.expand(2, -1, *value.shape)) / total.unsqueeze(1) - 0.5)
+        (x0, x1), (y0, y1) = (pair.unbind() for pair in knots.unbind())
         return x0, y0, x1 - x0, y1 - y0, d0, d1
 
+    def inside(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """value (\\*batch, dim) in the layout (dim, \\*batch) of the knots, clamped, and where that changed nothing."""
+        batch = torch.broadcast_shapes(value.shape[:-1], self.ends.shape[3:])
+        value = value.expand(*batch, -1).movedim(-1, 0)
+        return value.clamp(-self.bound, self.bound), value.abs() < self.bound
+
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        inside = z.abs() < self.bound
-        clamped = z.clamp(-self.bound, self.bound)
-        x0, y0, width, height, d0, d1 = self.bin(self.x, clamped)
+        clamped, inside = self.inside(z)
+        x0, y0, width, height, d0, d1 = self.bins(0, clamped)
         s, t = height / width, (clamped - x0) / width
         u = t * (1 - t)
         denominator = s + (d1 + d0 - 2 * s) * u
         x = y0 + height * (s * t * t + d0 * u) / denominator
-        logdet = self.log_slope(s, t, u, d0, d1, denominator)
-        return torch.where(inside, x, z), torch.where(inside, logdet, 0.0).sum(-1)
+        logdet = torch.where(inside, self.log_slope(s, t, u, d0, d1, denominator), 0.0).sum(0)
+        return torch.where(inside.movedim(0, -1), x.movedim(0, -1), z), logdet
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        inside = x.abs() < self.bound
-        clamped = x.clamp(-self.bound, self.bound)
-        x0, y0, width, height, d0, d1 = self.bin(self.y, clamped)
-        s, rise = height / width, (clamped - y0)
+        clamped, inside = self.inside(x)
+        x0, y0, width, height, d0, d1 = self.bins(1, clamped)
+        s, rise = height / width, clamped - y0
         curvature = rise * (d1 + d0 - 2 * s)
         a = height * (s - d0) + curvature
         b = height * d0 - curvature
@@ -73,14 +71,20 @@ class RationalQuadratic(Bijection):
         t = -2 * c / (b + (b * b - 4 * a * c).clamp_min(torch.finfo(b.dtype).tiny).sqrt())
         u = t * (1 - t)
         denominator = s + (d1 + d0 - 2 * s) * u
-        logdet = self.log_slope(s, t, u, d0, d1, denominator)
-        z = x0 + t * width
-        return torch.where(inside, z, x), -torch.where(inside, logdet, 0.0).sum(-1)
+        logdet = torch.where(inside, self.log_slope(s, t, u, d0, d1, denominator), 0.0).sum(0)
+        return torch.where(inside.movedim(0, -1), (x0 + t * width).movedim(0, -1), x), -logdet
 
     @staticmethod
     def log_slope(s: Tensor, t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:
         slope = d1 * t * t + 2 * s * u + d0 * (1 - t) ** 2
-        return 2 * s.log() + slope.log() - 2 * denominator.log()
+        return (slope * (s / denominator) ** 2).log()
+
+
+def _spread(tensor: Tensor, lead: int, shape: torch.Size) -> Tensor:
+    """(\\*lead, dim, \\*batch) expanded to (\\*lead, \\*shape) for a shape (dim, \\*more, \\*batch)."""
+    missing = lead + len(shape) - tensor.dim()
+    tensor = tensor.reshape(*tensor.shape[: lead + 1], *[1] * missing, *tensor.shape[lead + 1 :])
+    return tensor.expand(*tensor.shape[:lead], *shape)
 
 
 def rational_quadratic(bins: int = 8, bound: float = 5.0) -> Univariate:

@@ -1,0 +1,1 @@
+"""Fit q to p and judge it."""

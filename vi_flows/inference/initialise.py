@@ -67,21 +67,23 @@ def _modes(optima: Gaussians, paths: Gaussians, refined: Gaussians) -> Gaussians
     return every.pick(distinct(every, order, limit=MODES))
 
 
-def start_points(target: Target, extra: Tensor | None = None, count: int = STARTS) -> Tensor:
-    """Over-dispersed starts (count, dim): ``extra`` first, prior draws of a model, uniform(−2, 2), normals of sd 1 to 100."""
+def start_points(
+    target: Target, extra: Tensor | None = None, count: int = STARTS, device: torch.device | str | None = None
+) -> Tensor:
+    """Over-dispersed starts (about ``count``, dim), float64: ``extra``, prior draws of a model, uniform(−2, 2), and
+    normals of sd 1 to 100."""
     if target.dim > 100:
         count //= 4  # dense inverse Hessians of every path are kept
+    like = {"dtype": torch.float64, "device": device}
     parts = [] if extra is None else [extra]
     prior = getattr(target, "prior", None)
     if prior is not None:
         parts.append(prior(count // 4))
-    left = count - sum(len(p) for p in parts)
-    box = max(left // 2, 1)
-    parts.append(4 * torch.rand(box, target.dim) - 2)
-    wide = max(left - box, 1)
-    scales = torch.logspace(0, 2, wide)[:, None]
-    parts.append(scales * torch.randn(wide, target.dim))
-    points = torch.cat([p.to(torch.get_default_dtype()) for p in parts])
+    left = max(count - sum(len(p) for p in parts), 2)
+    parts.append(4 * torch.rand(left // 2, target.dim, **like) - 2)
+    scales = torch.logspace(0, 2, left - left // 2, **like)[:, None]
+    parts.append(scales * torch.randn(len(scales), target.dim, **like))
+    points = torch.cat([p.to(**like) for p in parts])
     return points[points.isfinite().all(-1)]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,9 +26,7 @@ def smooth(log_w: Tensor) -> tuple[Tensor, float]:
     if float(kept.max() - kept.min()) < 1e-9 * (1 + abs(float(kept.mean()))):
         out[alive] = -math.log(count)
         return out, 0.0
-    from arviz import psislw  # ArviZ takes seconds to import
-
-    smoothed, khat = psislw(kept.detach().cpu().numpy())
+    smoothed, khat = _psislw()(kept.detach().cpu().numpy())
     out[alive] = torch.as_tensor(smoothed).to(log_w)
     return out, float(khat)
 
@@ -39,3 +39,10 @@ def khat(log_w: Tensor) -> float:
 def khat_upper(khat: float, draws: int) -> float:
     """Upper 90 % limit of k̂ from ``draws`` weights: k̂ + 1.28 (1 + k̂)/√M, M = min(S/5, 3√S) tail weights."""
     return khat + 1.28 * (1 + max(khat, -1.0)) / math.sqrt(min(0.2 * draws, 3 * math.sqrt(draws)))
+
+
+def _psislw() -> Callable:
+    with warnings.catch_warnings():  # ArviZ announces its next major version whenever it is imported
+        warnings.simplefilter("ignore", FutureWarning)
+        from arviz import psislw  # seconds, so only when first needed
+    return psislw

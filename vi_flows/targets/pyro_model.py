@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line
+from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
 from .pyro_sites import Layout, Site, inspect_model
 
 TRIAL_SCALE = 0.5
-PRIOR_TRIALS = 2
+NEAR_TRIALS, PRIOR_TRIALS = 5, 2
 BLOCK = 4096
-# vmap against single evaluations, relative: loose enough for an ill-conditioned Cholesky, far below a mistake in a shape
+# vmap against single evaluations, relative: above the rounding of an ill-conditioned Cholesky, below a wrong shape
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 class PyroModel:
     r"""The joint density of a Pyro model's latent sites and its data, over unconstrained x.
 
-    .. math:: \log p(x) = \log p(T(x), \text{data}) + \log|\det dT/dx|, \quad T = \text{biject\_to(support), site by site}
+    .. math:: \log p(x) = \log p(T(x), \text{data}) + \log|\det dT/dx|, \quad T = \text{biject\_to(support) per site}
 
-    model, args, kwargs: a Pyro model and what it is called with. Float tensors in them (in dicts, lists and tuples too) are cast to
-    float64, and the model runs under default dtype float64 with validation off; both are restored. A model that fails in float64
-    because of float32 tensors of its own runs in float32. pyro.param sites are constants.
+    model, args, kwargs: a Pyro model and what it is called with. Float tensors in them (in dicts, lists and tuples too)
+    are cast to float64, and the model runs under default dtype float64 with validation off; both are restored. A model
+    that fails in float64 because of float32 tensors of its own runs in float32. pyro.param sites are constants.
 
-    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; deterministic, those sites'
-    names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against single evaluations here);
-    failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say): they have log p = -inf; nonfinite, what
-    :func:`check_finite` does with NaN and +inf: "skip", since a model's arithmetic overflows far out.
+    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; deterministic,
+    those sites' names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against
+    single evaluations here); failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say):
+    they have log p = -inf; nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's
+    arithmetic overflows far out.
 
-    Raises ValueError (TypeError for missing arguments), in one line, for what cannot be a target: no latent sites, discrete ones,
-    supports that depend on latent values or have no bijection, subsampling, random structure or un-named random numbers, data that
-    are empty, not finite, or broadcast against their distribution.
+    Raises ValueError (TypeError for missing arguments), in one line, for what cannot be a target: no latent sites,
+    discrete ones, supports that depend on latent values or have no bijection, subsampling, random structure or un-named
+    random numbers, data that are empty, not finite, or broadcast against their distribution.
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -49,8 +50,7 @@ class PyroModel:
 
     def _prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         model, args, kwargs = self._call
-        with torch.random.fork_rng(devices=[]):  # construction leaves the user's random numbers alone
-            torch.manual_seed(0)
+        with seeded(0):
             self._run = ModelRun(model, args, kwargs, dtype, device)
             layout = _describe(self._run)
             self.dtype = dtype
@@ -83,14 +83,16 @@ class PyroModel:
         with self._run.settings():
             inside = x.to(dtype=self.dtype, device=self.device)
             values, log_det = self._transform(inside)
-            log_p = torch.cat(by_halves(self._log_joint, values, self._failed))
+            parts = by_halves(self._log_joint, values, self._failed)
+            log_p = parts[0] if len(parts) == 1 else torch.cat(parts)
             if log_det is not None:
+                total = log_p + log_det
                 # where the model raised, the transform's own infinities must not turn -inf into NaN
-                log_p = torch.where(log_p == -torch.inf, log_p, log_p + log_det) if self.failed_rows else log_p + log_det
+                log_p = total if len(parts) == 1 else torch.where(log_p == -torch.inf, log_p, total)
             return log_p.to(dtype=x.dtype, device=x.device)
 
     def constrain(self, x: Tensor) -> Values:
-        """Named values of x (N, dim): every latent site (N, *shape), then every deterministic one (NaN where the model raises)."""
+        """Named values of x (N, dim): latent sites (N, *shape), then deterministic ones (NaN if the model raises)."""
         with self._run.settings():
             values, _ = self._transform(x.to(dtype=self.dtype, device=self.device))
             if not self.deterministic:
@@ -105,8 +107,8 @@ class PyroModel:
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """x (dim,) of one point's constrained values, or x (N, dim) of a batch: the inverse of :meth:`constrain`.
 
-        values: by latent site, each of the site's shape or all with one leading dimension N; others (deterministic) are ignored.
-        Raises ValueError for a missing site, a wrong shape, or a value outside its site's support.
+        values: by latent site, each of the site's shape or all with one leading dimension N; others (deterministic) are
+        ignored. Raises ValueError for a missing site, a wrong shape, or a value outside its site's support.
         """
         missing = [name for name in self.names if name not in values]
         if missing:
@@ -120,7 +122,9 @@ class PyroModel:
                 got = tuple(torch.as_tensor(values[site.name]).shape)
                 raise ValueError(f"values['{site.name}']: expected shape {tuple(site.shape)} or (N, ...), got {got}")
             if not bool(site.support.check(value).all()):
-                raise ValueError(f"values['{site.name}']: expected values in the support {site.support}, got some outside")
+                raise ValueError(
+                    f"values['{site.name}']: expected values in the support {site.support}, got some outside"
+                )
             parts.append(site.unconstrained(value))
         if len({len(part) for part in parts}) > 1 or len(batched) > 1:
             raise ValueError(f"values: expected one leading size, got {sorted({len(part) for part in parts})}")
@@ -128,7 +132,7 @@ class PyroModel:
         return x if batched == {True} else x[0]
 
     def prior(self, n: int) -> Tensor:
-        """x (n, dim) of draws from the prior (a flat prior, .mask(False), gives draws of the distribution under the mask).
+        """x (n, dim) of draws from the prior; a flat one, .mask(False), gives draws of the distribution under the mask.
 
         Draws at which the model raises or x is not finite are drawn again. Uses torch's global random numbers.
         """
@@ -144,7 +148,7 @@ class PyroModel:
             rows += [row] if bool(row.isfinite().all()) else []
         if len(rows) < n:
             raise ValueError(f"prior: expected {n} finite draws, got {len(rows)} in {10 * n + 100} runs of the model")
-        return torch.cat(rows) if rows else torch.zeros(0, self.dim, dtype=self.dtype)
+        return torch.cat(rows)
 
     def coordinate_names(self) -> list[str]:
         """A name for each coordinate of x: 'tau', 'theta[3]', 'b[1,2]' (positions in the unconstrained value)."""
@@ -169,7 +173,7 @@ class PyroModel:
         return torch.stack([self._run.log_joint({k: v[i] for k, v in values.items()}) for i in range(count)])
 
     def _log_joint_in_plate(self, values: Values) -> Tensor:
-        """Each value (N, *batch, *event) as (N, 1, .., *batch, *event), the particles left of the model's own plates."""
+        """log p (N,) with each value as (N, 1, .., *batch, *event), the particles left of the model's own plates."""
         depth, shaped = self._layout.plate_nesting, {}
         for site in self.sites:
             batch = len(site.shape) - site.event_dim
@@ -195,7 +199,7 @@ class PyroModel:
         return {name: like.new_full((1, *shape), torch.nan) for name, shape in self._layout.deterministic.items()}
 
     def _choose_mode(self) -> None:
-        """The first of vmap and particle plate that agrees with single evaluations at trial points; else the loop, with a warning."""
+        """The first of vmap and particle plate that agrees with single evaluations; else the loop, with a warning."""
         with torch.no_grad(), self._run.settings():
             values, singles = self._trial()
             reasons = []
@@ -205,7 +209,8 @@ class PyroModel:
                 except Exception as error:  # anything may come out of a model that was not written for it
                     reasons.append(f"{self.mode}: {first_line(error)}")
                     continue
-                if torch.allclose(batch, singles, rtol=AGREEMENT[self.dtype], atol=AGREEMENT[self.dtype], equal_nan=True):
+                tolerance = AGREEMENT[self.dtype]
+                if torch.allclose(batch, singles, rtol=tolerance, atol=tolerance, equal_nan=True):
                     self.mode_reason = "; ".join(reasons) or "agrees with single evaluations"
                     return
                 reasons.append(f"{self.mode}: differs from single evaluations")
@@ -213,9 +218,10 @@ class PyroModel:
         warnings.warn(f"PyroModel: evaluating row by row, which is slow ({self.mode_reason})", stacklevel=4)
 
     def _trial(self) -> tuple[Values, Tensor]:
-        """Latent values at a few points and their log p by single evaluations; refuses a model that is random at fixed values."""
-        x = torch.cat([TRIAL_SCALE * torch.randn(3, self.dim), self.prior(PRIOR_TRIALS), TRIAL_SCALE * torch.randn(2, self.dim)])
-        values, _ = self._transform(x.to(self.device))
+        """Latent values at a few points and their log p one by one; refuses a model that is random at fixed values."""
+        near, drawn = TRIAL_SCALE * torch.randn(NEAR_TRIALS, self.dim), self.prior(PRIOR_TRIALS)
+        x = torch.cat([near.to(drawn), drawn])
+        values, _ = self._transform(x)
         kept, singles, error = [], [], None
         for i in range(len(x)):
             row = {k: v[i] for k, v in values.items()}
@@ -228,7 +234,9 @@ class PyroModel:
             if len(kept) == 1:
                 self._check_repeatable(singles[0], self._run.log_joint(row))
         if not kept:
-            raise ValueError(f"model: expected a log density at {len(x)} trial points, got {first_line(error)} at each") from error
+            raise ValueError(
+                f"model: expected a log density at {len(x)} trial points, got {first_line(error)} at each"
+            ) from error
         return {k: v[kept] for k, v in values.items()}, torch.stack(singles)
 
     def _check_repeatable(self, a: Tensor, b: Tensor) -> None:
@@ -248,10 +256,13 @@ def _describe(run: ModelRun) -> Layout:
     except NotImplementedError as error:
         raise ValueError(first_line(error).removeprefix("NotImplementedError: ")) from error
     except Exception as error:
-        raise ValueError(f"model: expected to run with latent values from its prior, got {first_line(error)}") from error
+        raise ValueError(
+            f"model: expected to run with latent values from its prior, got {first_line(error)}"
+        ) from error
 
 
 def _is_dtype_mismatch(error: BaseException) -> bool:
-    """Whether a float64 value met a float32 tensor that the model holds itself, in an operation that does not promote."""
+    """Whether a float64 value met a float32 tensor of the model's own, in an operation that does not promote."""
     message = f"{error}"
-    return any(part in message for part in ("same dtype", "scalar type", "Double != float", "double != float", "Float and Double"))
+    parts = ("same dtype", "scalar type", "Double != float", "double != float", "Float and Double")
+    return any(part in message for part in parts)

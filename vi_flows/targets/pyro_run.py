@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -26,7 +27,12 @@ class ModelRun:
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple, kwargs: dict, dtype: torch.dtype, device: torch.device | str | None = None
+        self,
+        model: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
     ) -> None:
         check_arguments(model, args, kwargs)
         self.model = model
@@ -51,20 +57,17 @@ class ModelRun:
         return tracer.trace
 
     def prior(self, validate: bool = False) -> poutine.Trace:
-        """A run with latent values from the prior, in its own copy of the parameter store (pyro.param writes into it)."""
+        """A run with latent values from the prior, in a copy of the parameter store (pyro.param writes into it)."""
         store = pyro.get_param_store()
         with self.settings(validate), store.scope(store.get_state()), torch.no_grad(), _PriorDraws(self.dtype):
-            trace = self.trace()
-            if validate:  # whether data are in the support shows only here
-                trace.compute_log_prob(lambda name, site: is_data(site))
-            return trace
+            return self.trace()
 
     def log_joint(self, values: Values) -> Tensor:
         """log p(values, data) of one point, a scalar. Call under settings()."""
         return torch.as_tensor(self.trace(values).log_prob_sum(_counts))
 
     def log_joint_in_plate(self, values: Values, dim: int) -> Tensor:
-        """log p(values, data) (N,) of values that carry the particles at plate dimension `dim`. Call under settings()."""
+        """log p(values, data) (N,) of values with the particles at plate dimension `dim`. Call under settings()."""
         count = len(next(iter(values.values())))
         with pyro.plate("_particles", count, dim=dim):
             trace = self.trace(values)
@@ -74,7 +77,9 @@ class ModelRun:
             if "log_prob" in site:
                 log_p = site["log_prob"]
                 if log_p.dim() != -dim or log_p.shape[0] != count:
-                    raise ValueError(f"site '{site['name']}' has log_prob of shape {tuple(log_p.shape)} in the particle plate")
+                    raise ValueError(
+                        f"site '{site['name']}' has log_prob of shape {tuple(log_p.shape)} in the particle plate"
+                    )
                 total = total + log_p.reshape(count, -1).sum(-1)
         return total
 
@@ -96,6 +101,17 @@ def settings(dtype: torch.dtype, validate: bool) -> Iterator[None]:
         torch.set_default_dtype(before)
         # pyro.validation_enabled would set torch's flag to pyro's, and a user may have set them apart
         torch.distributions.Distribution.set_default_validate_args(torch_validates)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run with seeded random numbers and leave the user's as they were, on the CPU and on devices in use."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not in use yet
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Any:
@@ -123,11 +139,15 @@ def check_arguments(model: Callable[..., Any], args: tuple, kwargs: dict) -> Non
         signature.bind(*args, **kwargs)
     except TypeError as error:
         name = getattr(model, "__name__", type(model).__name__)
-        raise TypeError(f"model: expected arguments for {name}{signature}, got: {error}; pass them after the model") from None
+        raise TypeError(
+            f"model: expected arguments for {name}{signature}, got: {error}; pass them after the model"
+        ) from None
 
 
-def by_halves(evaluate: Callable[[Values], Any], values: Values, failed: Callable[[Values, Exception], Any]) -> list[Any]:
-    """Results of evaluate over consecutive blocks of the rows of values; a row that raises alone gives failed(row, error)."""
+def by_halves(
+    evaluate: Callable[[Values], Any], values: Values, failed: Callable[[Values, Exception], Any]
+) -> list[Any]:
+    """Results of evaluate over consecutive blocks of rows; a row that raises by itself gives failed(row, error)."""
     try:
         return [evaluate(values)]
     except NUMERICAL as error:
@@ -150,13 +170,30 @@ def in_vmap() -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, with its type, cut at 200 characters."""
     lines = str(error).strip().splitlines() or [""]
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # Pyro puts the cause below "Error while ... at site 'y':"
+    line = (
+        " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    )  # Pyro puts the cause below "Error while ... at site 'y':"
     return f"{type(error).__name__}: {line}"[:200]
 
 
+def base_of(fn: Any) -> Any:
+    """A distribution without the Independent, Expanded and Masked around it."""
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "MaskedDistribution",
+        "ExpandedDistribution",
+    ):
+        fn = fn.base_dist
+    return fn
+
+
 def is_deterministic(site: dict[str, Any]) -> bool:
-    """Whether a trace node is a pyro.deterministic site."""
-    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+    """Whether a node is a pyro.deterministic site, or what a reparametrised site has become (an observed Delta)."""
+    if site["type"] != "sample":
+        return False
+    return bool(site["infer"].get("_deterministic")) or (
+        site["is_observed"] and isinstance(base_of(site["fn"]), dist.Delta)
+    )
 
 
 def is_plate(site: dict[str, Any]) -> bool:
@@ -172,24 +209,22 @@ def is_data(site: dict[str, Any]) -> bool:
 
 
 def _counts(name: str, site: dict[str, Any]) -> bool:
-    return not (is_plate(site) or is_deterministic(site))
+    return not (is_plate(site) or site["infer"].get("_deterministic"))
 
 
 class _PriorDraws(poutine.messenger.Messenger):
-    """Casts draws to the run's dtype (a module may hold float32 priors), and names a site whose prior cannot be drawn."""
+    """Casts draws to the run's dtype (a module may hold float32 priors); names a site whose prior cannot be drawn."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = msg["fn"]
-        while hasattr(fn, "base_dist"):
-            fn = fn.base_dist
-        if isinstance(fn, dist.ImproperUniform) and msg["value"] is None:
+        if isinstance(base_of(msg["fn"]), dist.ImproperUniform) and msg["value"] is None:
             raise NotImplementedError(
                 f"site '{msg['name']}': expected a prior that can be drawn from, got ImproperUniform; "
-                "write a flat prior as a proper one on the same support with .mask(False), e.g. Normal(0, 1).mask(False)"
+                "write a flat prior as a proper one on the same support with .mask(False), e.g. Normal(0, "
+                "1).mask(False)"
             )
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,15 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
+from .pyro_refusals import (
+    check_data_support,
+    check_latent,
+    check_observed,
+    check_plate,
+    check_same_structure,
+    check_supports,
+    support_of,
+)
 from .pyro_run import NUMERICAL, ModelRun, Values, first_line, is_data, is_deterministic, is_plate
 
 Node = dict[str, Any]
@@ -23,9 +31,9 @@ PRIOR_TRIES = 10
 class Site:
     """A latent site and its place in x: x[:, start:stop], reshaped, is taken to the support by `transform`.
 
-    shape: of the constrained value, plates included. unconstrained_shape: before the transform. event_dim: of the distribution.
-    free: None, or the positions in the flattened unconstrained value that x holds (an imputed site: its missing entries only);
-    free_batch: the same among the flattened batch entries.
+    shape: of the constrained value, plates included. unconstrained_shape: before the transform. event_dim: of the
+    distribution. free: None, or the positions in the flattened unconstrained value that x holds (an imputed site: its
+    missing entries only); free_batch: the same among the flattened batch entries.
     """
 
     name: str
@@ -81,13 +89,12 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sites of a model: latent ones in the order of x, data by name, deterministic ones, and how deep its plates nest."""
+    """The sites of a model: latent ones in the order of x, data, deterministic ones; and how deep its plates nest."""
 
     sites: tuple[Site, ...]
     observed: Values
     deterministic: dict[str, torch.Size]
     plate_nesting: int
-    draw: Values  # one draw of the latent sites from the prior
 
     @property
     def dim(self) -> int:
@@ -95,20 +102,24 @@ class Layout:
 
 
 def inspect_model(run: ModelRun) -> Layout:
-    """Run the model from its prior a few times and describe it; raises ValueError, in one line, where it cannot be a target."""
+    """Run the model from its prior a few times and describe it; raises ValueError where it cannot be a target."""
     nodes, *others = [_prior_nodes(run) for _ in range(PRIOR_RUNS)]
     for site in nodes.values():
-        _check_plate(site)
+        check_plate(site)
     for other in others:
-        _check_same_structure(nodes, other)
+        check_same_structure(nodes, other)
     latent = {name: site for name, site in nodes.items() if is_latent(site)}
     if not latent:
-        raise ValueError("model: expected at least one latent pyro.sample site, got none; sample what is to be inferred without obs=")
+        raise ValueError(
+            "model: expected at least one latent pyro.sample site, got none; sample what is to be inferred without obs="
+        )
     for site in latent.values():
-        _check_latent(site)
-    _check_supports(run, latent, others)
-    for site in nodes.values():
-        _check_observed(site)
+        check_latent(site)
+    check_supports(run, latent, others)
+    for name, site in nodes.items():
+        if is_data(site):
+            check_observed(site)
+            check_data_support(site, [other[name]["fn"] for other in others])
     sites, start = [], 0
     for site in latent.values():
         sites.append(_site(site, start, nodes))
@@ -120,7 +131,6 @@ def inspect_model(run: ModelRun) -> Layout:
         {name: site["value"] for name, site in nodes.items() if is_data(site)},
         {name: site["value"].shape for name, site in nodes.items() if is_deterministic(site)},
         max([_nesting(site) for site in nodes.values()], default=0),
-        {name: site["value"] for name, site in latent.items()},
     )
 
 
@@ -138,7 +148,7 @@ def _prior_nodes(run: ModelRun) -> dict[str, Node]:
         except NUMERICAL as error:
             if attempt == PRIOR_TRIES - 1:
                 empty = "size cannot be zero" in str(error)
-                remedy = "a plate is empty, so pass data" if empty else "repair the model, or the data against their distribution"
+                remedy = "a plate is empty, so pass data" if empty else "repair the model, or its data"
                 raise ValueError(
                     f"model: expected to run with latent values from its prior, got {first_line(error)} "
                     f"in {PRIOR_TRIES} of {PRIOR_TRIES} runs; {remedy}"
@@ -148,113 +158,9 @@ def _prior_nodes(run: ModelRun) -> dict[str, Node]:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _check_plate(site: Node) -> None:
-    if is_plate(site) and site["value"] is not None and len(site["value"]) < site["fn"].size:
-        raise ValueError(
-            f"plate '{site['name']}': expected all {site['fn'].size} rows, got a subsample of {len(site['value'])}; "
-            "remove subsample_size (minibatches are not supported for a Pyro model yet)"
-        )
-
-
-def _check_same_structure(nodes: dict[str, Node], other: dict[str, Node]) -> None:
-    changed = sorted(set(nodes) ^ set(other))
-    if changed:
-        raise ValueError(
-            f"model: expected the same sites in every run, got '{changed[0]}' in some runs only; "
-            "make the structure fixed (e.g. torch.where, or a mixture distribution)"
-        )
-    for name, site in nodes.items():
-        shapes = [tuple(getattr(s["value"], "shape", ())) for s in (site, other[name])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"site '{name}': expected one shape in every run, got {shapes[0]} and {shapes[1]}; fix its size")
-
-
-def _check_latent(site: Node) -> None:
-    name, fn = site["name"], site["fn"]
-    try:
-        support = _support(fn)
-        discrete = support.is_discrete
-    except (NotImplementedError, AttributeError):
-        raise ValueError(f"site '{name}': expected a distribution with a support, got {_kind(fn)}, which has none") from None
-    if discrete:
-        raise ValueError(
-            f"site '{name}': expected a continuous latent variable, got discrete {_kind(fn)}; "
-            "sum it out by hand (e.g. MixtureSameFamily, or logsumexp in pyro.factor); enumeration is not supported yet"
-        )
-    try:
-        transform = biject_to(support)
-        u = transform.inv(site["value"])
-        log_det = transform.log_abs_det_jacobian(u, transform(u))
-        batch = site["value"].dim() - fn.event_dim
-        if not transform.bijective or log_det.shape != site["value"].shape[:batch]:
-            raise NotImplementedError
-    except (NotImplementedError, AttributeError):
-        raise ValueError(
-            f"site '{name}': expected a support that torch.distributions.biject_to maps R^n onto, got {support} of {_kind(fn)}; "
-            "write it with another parametrisation (e.g. LKJCholesky and scales for a covariance, a normalised Normal for a sphere)"
-        ) from None
-
-
-def _check_supports(run: ModelRun, latent: dict[str, Node], others: list[dict[str, Node]]) -> None:
-    for name, site in latent.items():
-        for other in others:
-            if not _same(_support(site["fn"]), _support(other[name]["fn"])):
-                parent = _support_parent(run, name, latent, other)
-                because = f" depends on the latent site '{parent}'" if parent else " changes from run to run"
-                raise ValueError(
-                    f"site '{name}': expected a fixed support, got {_kind(site['fn'])} whose support{because}; "
-                    "sample a variable of fixed support and transform it (e.g. Uniform(0, 1) times the bound), with pyro.deterministic"
-                )
-
-
-def _support_parent(run: ModelRun, name: str, latent: dict[str, Node], other: dict[str, Node]) -> str | None:
-    """The first latent site before `name` whose value alone changes the support of `name`."""
-    values = {key: site["value"] for key, site in latent.items()}
-    for parent in list(values)[: list(values).index(name)]:
-        try:
-            with run.settings(), torch.no_grad():
-                changed = run.trace({**values, parent: other[parent]["value"]}).nodes[name]
-        except NUMERICAL:
-            continue
-        if not _same(_support(latent[name]["fn"]), _support(changed["fn"])):
-            return parent
-    return None
-
-
-def _check_observed(site: Node) -> None:
-    if not is_data(site):
-        return
-    name, value, fn = site["name"], site["value"], site["fn"]
-    if value.numel() == 0:
-        raise ValueError(f"site '{name}': expected observed data, got an empty tensor of shape {tuple(value.shape)}")
-    if value.is_floating_point() and not bool(value.isfinite().all()):
-        where = tuple((~value.isfinite()).nonzero()[0].tolist())
-        raise ValueError(
-            f"site '{name}': expected finite observed data, got {float(value[where])} at index {list(where)}; remove the row, "
-            "or impute it with obs_mask and any finite value in its place (a masked NaN makes gradients NaN)"
-        )
-    batch = value.shape[: value.dim() - fn.event_dim]
-    log_prob = torch.broadcast_shapes(batch, fn.batch_shape)
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    expected = _plate_shape(frames)
-    grown = math.prod(log_prob) > max(math.prod(batch), math.prod(fn.batch_shape))
-    if value.shape != fn.shape() and (grown or (frames and log_prob != expected)):
-        raise ValueError(
-            f"site '{name}': expected data of the distribution's shape, got {tuple(value.shape)} against {tuple(fn.shape())}, "
-            f"which broadcast to {tuple(log_prob)}; reshape the data or the mean, e.g. with .squeeze(-1)"
-        )
-
-
-def _plate_shape(frames: list[Any]) -> torch.Size:
-    shape = [1] * max((-frame.dim for frame in frames), default=0)
-    for frame in frames:
-        shape[frame.dim] = frame.size
-    return torch.Size(shape)
-
-
 def _site(site: Node, start: int, nodes: dict[str, Node]) -> Site:
     name, fn, value = site["name"], site["fn"], site["value"]
-    support = _support(fn)
+    support = support_of(fn)
     transform = biject_to(support)
     shape = transform.inverse_shape(value.shape)
     free, free_batch = _imputed_entries(site, shape, nodes)
@@ -263,7 +169,7 @@ def _site(site: Node, start: int, nodes: dict[str, Node]) -> Site:
 
 
 def _imputed_entries(site: Node, shape: torch.Size, nodes: dict[str, Node]) -> tuple[Tensor | None, Tensor | None]:
-    """Of the latent half of pyro.sample(..., obs_mask=): the entries that are missing. The others have no density at all."""
+    """The missing entries of the latent half of pyro.sample(..., obs_mask=); the others have no density at all."""
     name, mask = site["name"], site["mask"]
     if not isinstance(mask, Tensor) or not name.endswith("_unobserved") or name[:-10] + "observed" not in nodes:
         return None, None
@@ -275,36 +181,9 @@ def _imputed_entries(site: Node, shape: torch.Size, nodes: dict[str, Node]) -> t
     return whole.reshape(-1).nonzero()[:, 0], mask.reshape(-1).nonzero()[:, 0]
 
 
-def _support(fn: Any) -> constraints.Constraint:
-    """fn.support; a mixture's is its components' (torch wraps it in a class without a transform)."""
-    support = fn.support
-    wrapped = type(support).__name__ == "MixtureSameFamilyConstraint"
-    return support.base_constraint if wrapped else support
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two supports are the same, parameters included."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.shape == b.shape and bool((a == b).all())
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, constraints.Constraint):
-        return vars(a).keys() == vars(b).keys() and all(_same(vars(a)[key], vars(b)[key]) for key in vars(a))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b
-
-
 def _nesting(site: Node) -> int:
     plates = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
     return max([len(getattr(site["fn"], "batch_shape", ())), *plates])
-
-
-def _kind(fn: Any) -> str:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        fn = fn.base_dist
-    return type(fn).__name__
 
 
 def _index(position: int, shape: torch.Size) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Callable, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ SKIPPED_WARN, SKIPPED_RAISE = 0.01, 0.2
 class Target(Protocol):
     """Anything with a dimension, a batched log density and named values.
 
-    log_prob maps x (N, dim) to (N,), row by row, differentiably and without branching on values; constrain maps the same x to a
-    dict of tensors with leading dimension N. Optional: ``dtype``, ``to(dtype, device)``, ``nonfinite`` ("raise" or "skip").
+    log_prob maps x (N, dim) to (N,), row by row, differentiably and without branching on values; constrain maps the
+    same x to a dict of tensors with leading dimension N. Optional: ``dtype``, ``to(dtype, device)``, ``nonfinite``
+    ("raise" or "skip").
     """
 
     dim: int
@@ -33,9 +35,9 @@ class Target(Protocol):
 class LogDensity:
     """The target log p(x) = fn(x), up to a constant.
 
-    fn: maps a float tensor x (N, dim) to the log densities (N,), differentiably and row by row. It is given a copy of x in the
-    target's own ``dtype`` (float64 unless changed by :meth:`to`), so it may work in place; the result returns in x's dtype.
-    dim: D, the number of coordinates of x.
+    fn: maps a float tensor x (N, dim) to the log densities (N,), differentiably and row by row. It is given a copy of x
+    in the target's own ``dtype`` (float64 unless changed by :meth:`to`), so it may work in place; the result returns in
+    x's dtype. dim: D, the number of coordinates of x.
     nonfinite: what :func:`check_finite` does with NaN and +inf: "raise", or "skip" (weight 0, counted).
     Raises TypeError or ValueError for arguments of another kind.
     """
@@ -45,7 +47,9 @@ class LogDensity:
 
     def __init__(self, fn: Callable[[Tensor], Tensor], dim: int, nonfinite: str = "raise") -> None:
         if not callable(fn):
-            raise TypeError(f"fn: expected a callable (N, dim) -> (N,), got {type(fn).__name__}; pass the function itself")
+            raise TypeError(
+                f"fn: expected a callable (N, dim) -> (N,), got {type(fn).__name__}; pass the function itself"
+            )
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim: expected a positive int, got {dim!r}; pass the number of coordinates of x")
         if dim < 1:
@@ -59,7 +63,7 @@ class LogDensity:
         self.device: torch.device | None = None
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,) in x's dtype. Raises ValueError where fn's result has another form."""
+        """log p of each row of x (N, dim), as (N,) in x's dtype. Raises ValueError if fn's result has another form."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
         inside = x.to(dtype=self.dtype, device=self.device, copy=True)  # a copy: fn may change its input in place
@@ -81,17 +85,19 @@ class LogDensity:
 
 
 class Energy(LogDensity):
-    """The target log p(x) = -fn(x), up to a constant: fn is an energy in units of kT. Arguments as in :class:`LogDensity`."""
+    """The target log p(x) = -fn(x), up to a constant: fn is an energy in units of kT. Arguments of LogDensity."""
 
     argument = "energy"
     sign = -1
 
 
 def check_form(value: Any, count: int, device: torch.device, name: str) -> None:
-    """Raise ValueError unless value is a float tensor of shape (count,) on device: static, so that tracing passes through it."""
+    """Raise ValueError unless value is a float tensor of shape (count,) on device; static, so that it can be traced."""
     expected = f"{name}: expected a float tensor of shape ({count},)"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{expected}, got {type(value).__name__}; compute it with torch operations on x, one value per row")
+        raise ValueError(
+            f"{expected}, got {type(value).__name__}; compute it with torch operations on x, one value per row"
+        )
     if tuple(value.shape) != (count,):
         raise ValueError(f"{expected}, got {tuple(value.shape)}; {_shape_remedy(tuple(value.shape), count, name)}")
     if not value.dtype.is_floating_point:
@@ -113,8 +119,9 @@ def _shape_remedy(shape: tuple[int, ...], count: int, name: str) -> str:
 def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]:
     """Apply the target's policy for NaN and +inf to log_p (N,) at x (N, dim); returns (log_p, how many were replaced).
 
-    "raise" (the default): ValueError naming the first such x. "skip": they become -inf, so weight 0 and gradient 0 in log_p; above
-    1 % of the rows this warns, above 20 % it raises ValueError. -inf is a legitimate value (weight 0) and passes.
+    "raise" (the default): ValueError naming the first such x. "skip": they become -inf, so weight 0 and gradient 0 in
+    log_p; above 1 % of the rows this warns, above 20 % it raises ValueError. -inf is a legitimate value (weight 0) and
+    passes.
     """
     bad = log_p.isnan() | (log_p == torch.inf)
     count = int(bad.sum())
@@ -127,7 +134,9 @@ def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]
             f'log_prob: expected finite values or -inf, got {where}; repair the density there, or pass nonfinite="skip"'
         )
     if count > SKIPPED_RAISE * len(x):
-        raise ValueError(f"log_prob: expected at most 20 % of the values NaN or +inf to skip, got {where}; repair the density")
+        raise ValueError(
+            f"log_prob: expected at most 20 % of the values NaN or +inf to skip, got {where}; repair the density"
+        )
     if count > SKIPPED_WARN * len(x):
         warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
     return torch.where(bad, -torch.inf, log_p), count
@@ -143,9 +152,13 @@ def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any) -> 
     """A Target as it is, or PyroModel(model, *args) of a Pyro model. Raises TypeError for anything else."""
     if isinstance(target_or_model, Target) and not isinstance(target_or_model, type):
         if args:
-            raise TypeError(f"args: expected none beside a target, got {len(args)}; only a Pyro model takes its data here")
+            raise TypeError(
+                f"args: expected none beside a target, got {len(args)}; only a Pyro model takes its data here"
+            )
         return target_or_model
     if not callable(target_or_model):
         kind = type(target_or_model).__name__
-        raise TypeError(f"target: expected a Target or a Pyro model, got {kind}; wrap a function as LogDensity(fn, dim=D)")
+        raise TypeError(
+            f"target: expected a Target or a Pyro model, got {kind}; wrap a function as LogDensity(fn, dim=D)"
+        )
     return PyroModel(target_or_model, *args)

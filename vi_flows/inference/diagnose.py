@@ -1,0 +1,194 @@
+"""The verdict: a decision rule on importance weights (DESIGN section 4, steps 1 to 4)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..flows.distribution import Flow
+from ..targets.target import Target, check_finite
+from .gaussian import Gaussians
+from .proposal import DefensiveProposal
+from .psis import khat, khat_upper, smooth
+from .quantities import Estimates, estimate, flatten, vary
+from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_mean_se, mean_elbo
+
+REPEATS = 5
+FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
+KHAT_BOUND = 0.7
+MEAN_SE, LOG_SD_SE, PROBABILITY_SE = 0.025, 0.025, 0.0025
+MISSING_MASS = 0.02
+TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
+T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
+
+
+@dataclass(frozen=True)
+class Check:
+    """One step of the rule: passed if statistic < bound; sentence says it in words."""
+
+    name: str
+    statistic: float
+    bound: float
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """status is "reliable", "corrected" or "unreliable"; reasons are sentences; checks the steps behind them."""
+
+    status: str
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All that judging a flow yields: weights of q and of the defensive proposal, and what follows from them."""
+
+    verdict: Verdict
+    draws: Weights
+    proposal: Weights
+    khat: float
+    khat_interval: tuple[float, float]
+    khat_spread: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    log_evidence_se: float
+    skipped: int
+
+
+def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws: int = 10_000) -> Judgement:
+    """Freeze q and judge it by fresh draws of q and of the defensive proposal m, in the flow's precision.
+
+    Tails: the upper limits of k̂ of w = p/m, and of w·|θ| and w·θ² of the reported quantities (standardised), are
+    below 0.7. Precision: standard errors of means, log sds and probabilities at the 5/50/95 % points. Mass outside q:
+    |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. All three: reliable; the first two: corrected (by resampling from m).
+    """
+    repeats = [_weigh_flow(flow, target, num_draws) for _ in range(REPEATS)]
+    khats = [khat(w.log_w) for w, _ in repeats]
+    log_w_q = torch.cat([w.log_w for w, _ in repeats])
+    proposal, skipped = DefensiveProposal(flow, modes), sum(n for _, n in repeats)
+    pooled, missed = _weigh_proposal(proposal, target, FIRST)
+    while True:
+        checks = _checks(target, pooled, log_w_q)
+        if len(pooled.x) >= LAST or all(c.passed for c in checks if c.name != "mass outside q"):
+            break
+        more, n = _weigh_proposal(proposal, target, len(pooled.x))
+        pooled, missed = _concatenate(pooled, more), missed + n
+    centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
+    half = T_90 * spread / math.sqrt(REPEATS)
+    first = repeats[0][0]
+    return Judgement(
+        verdict=_decide(checks),
+        draws=first,
+        proposal=pooled,
+        khat=centre,
+        khat_interval=(centre - half, centre + half),
+        khat_spread=spread,
+        ess=effective_sample_size(first.log_w),
+        elbo=mean_elbo(log_w_q),
+        log_evidence=log_mean(pooled.log_w),
+        log_evidence_se=log_mean_se(pooled.log_w),
+        skipped=skipped + missed,
+    )
+
+
+def _weigh_flow(flow: Flow, target: Target, count: int) -> tuple[Weights, int]:
+    noise = flow.base.noise((count,))
+
+    def draw(rows: Tensor) -> Tensor:
+        x, log_q = flow().from_noise(rows)
+        return torch.cat([x, log_q.unsqueeze(-1)], -1)
+
+    drawn = in_blocks(draw, noise)
+    return _score(target, drawn[:, :-1], drawn[:, -1])
+
+
+def _weigh_proposal(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, int]:
+    return _score(target, *proposal.draw(count))
+
+
+def _score(target: Target, x: Tensor, log_q: Tensor) -> tuple[Weights, int]:
+    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
+    return Weights(x, log_q, log_p), skipped
+
+
+def _concatenate(a: Weights, b: Weights) -> Weights:
+    return Weights(torch.cat([a.x, b.x]), torch.cat([a.log_q, b.log_q]), torch.cat([a.log_p, b.log_p]))
+
+
+def _checks(target: Target, pooled: Weights, log_w_q: Tensor) -> list[Check]:
+    names, theta = flatten(target.constrain(pooled.x))
+    columns = vary(theta)
+    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
+    log_w = pooled.log_w
+    values = estimate(theta, log_w)
+    return [_tails(log_w), _quantity_tails(names, theta, values, log_w), _precision(names, values), _mass(log_w, log_w_q)]
+
+
+def _tails(log_w: Tensor) -> Check:
+    value = khat(log_w)
+    upper = khat_upper(value, len(log_w))
+    passed = upper < KHAT_BOUND
+    sentence = f"k̂ of the weights against the defensive proposal is {value:.2f} (upper limit {upper:.2f}"
+    sentence += ")" if passed else f", not below {KHAT_BOUND}): a few draws carry the estimates"
+    return Check("tails", upper, KHAT_BOUND, passed, sentence)
+
+
+def _quantity_tails(names: list[str], theta: Tensor, values: Estimates, log_w: Tensor) -> Check:
+    """The largest upper k̂ of w·|θ| and w·θ², θ standardised, over the quantities most led by single draws."""
+    log_h = ((theta - values.mean) / values.sd).abs().log()
+    contribution = log_w[:, None] + 2 * log_h
+    lead = (contribution.amax(0) - contribution.logsumexp(0)).argsort(descending=True)[:TAILED].tolist()
+    worst, where = -math.inf, ""
+    for i in lead:
+        for power in (1, 2):
+            upper = khat_upper(smooth(log_w + power * log_h[:, i])[1], len(log_w))
+            if upper > worst:
+                worst, where = upper, f"the {'mean' if power == 1 else 'variance'} of {names[i]}"
+    passed = worst < KHAT_BOUND
+    sentence = f"the heaviest tail among reported quantities is that of {where} (upper k̂ {worst:.2f}"
+    sentence += ")" if passed else f", not below {KHAT_BOUND})"
+    return Check("tails of quantities", worst, KHAT_BOUND, passed, sentence)
+
+
+def _precision(names: list[str], values: Estimates) -> Check:
+    """The largest standard error as a multiple of what is asked for."""
+    kinds = {
+        "the mean": values.mean_se / values.sd / MEAN_SE,
+        "the sd": values.log_sd_se / LOG_SD_SE,
+        "a quantile": values.probability_se.amax(0) / PROBABILITY_SE,
+    }
+    kind, ratio = max(kinds.items(), key=lambda item: float(item[1].nan_to_num(math.inf).max()))
+    ratio = ratio.nan_to_num(math.inf)
+    worst, name = float(ratio.max()), names[int(ratio.argmax())]
+    passed = worst < 1
+    sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"
+    return Check("precision", worst, 1.0, passed, sentence)
+
+
+def _mass(log_w: Tensor, log_w_q: Tensor) -> Check:
+    difference = log_mean(log_w) - log_mean(log_w_q)
+    statistic = abs(difference) + 2 * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
+    passed = statistic < MISSING_MASS
+    sentence = f"log Ẑ by the defensive proposal and by q differ by {difference:+.4f} (with 2 se: {statistic:.4f}"
+    sentence += ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
+    return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
+
+
+def _decide(checks: list[Check]) -> Verdict:
+    failed = [c for c in checks if not c.passed]
+    if not failed:
+        status, lead = "reliable", "the flow's draws and weights can be used as they are"
+    elif all(c.name == "mass outside q" for c in failed):
+        status, lead = "corrected", "use weighted draws (the default of sample): they are resampled from the proposal"
+    else:
+        status, lead = "unreliable", "do not rely on these draws"
+    shown = failed or checks
+    return Verdict(status, (lead, *(c.sentence for c in shown)), tuple(checks))

@@ -1,0 +1,266 @@
+"""fit: from a model or a density to a judged posterior (DESIGN section 4, steps 0 to 4)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flows import recipes
+from ..flows.bases import StandardNormal
+from ..flows.distribution import Flow
+from ..flows.linear import LowerTriangular
+from ..flows.parameters import Fixed
+from ..targets import Target, check_target, resolve_target, settle_dtype
+from .diagnose import Judgement, judge
+from .gaussian import Gaussians
+from .initialise import Located, locate, start_points
+from .posterior import Posterior, is_model, seeded
+from .progress import Progress
+from .training import Training, train
+from .weights import in_blocks, log_weights, mean_elbo
+
+COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
+CHECKED = 32  # points on which a target is checked first
+TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
+
+FlowChoice = str | Flow | Callable[[int], Flow]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fit's keyword options say; see :func:`fit`."""
+
+    steps: int = 800
+    particles: int = 256
+    lr: float = 1e-2
+    max_seconds: float | None = None
+    num_draws: int = 10_000
+    dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
+    init: Posterior | Tensor | dict[str, Any] | None = None
+
+    def __post_init__(self):
+        for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name in ("lr", "max_seconds"):
+            value = getattr(self, name)
+            if not (name == "max_seconds" and value is None) and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
+
+
+def fit(
+    target_or_model: Any,
+    *args: Any,
+    flow: FlowChoice = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Posterior:
+    """Fit a flow to a Pyro model or an unnormalised density by reverse KL, and judge it by importance weights.
+
+    Locates the mass (Pathfinder, Laplace, Gaussian VI), trains the flow on top of the Gaussian found, never returns
+    worse than that Gaussian, and judges the result through a defensive proposal.
+
+    Parameters
+    ----------
+    target_or_model: a Pyro model (``args`` are its arguments), or a target: ``LogDensity``, ``Energy``, ``PyroModel``.
+    flow: "auto", the name of a recipe, a callable dim -> Flow, or a Flow (copied); see ``vf.recipes``.
+    seed: the result depends on it alone; torch's global generators are left as found.
+    progress: show a progress bar.
+    steps: at most so many training steps (800). particles: draws in each (256). lr: of Adam (0.01).
+    max_seconds: wall time for locating and training together, about; judging comes on top. None: no limit.
+    num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
+    dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
+    device: where flow and target work.
+    init: a Posterior of the same dim (its flow is trained on), or values to start near: a dict of named values of a
+        model, or a tensor (dim,) or (n, dim) of unconstrained points.
+
+    Raises
+    ------
+    TypeError for unknown options; ValueError, in one line, for a target that cannot be fitted; DivergedError.
+    """
+    known = [f.name for f in dataclasses.fields(Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"fit: unknown option {unknown[0]!r}; expected flow, seed, progress, {', '.join(known)}")
+    chosen = Options(**options)
+    with seeded(seed), Progress(progress) as bar:
+        target = _prepare(resolve_target(target_or_model, *args), chosen)
+        return _fit(target, flow, chosen, {"seed": seed}, bar)
+
+
+def _prepare(target: Target, options: Options) -> Target:
+    """Step 0: the target in its working precision, checked on points uniform in (−2, 2)."""
+    points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
+    if options.dtype is not None or options.device is not None:
+        if not hasattr(target, "to"):
+            raise ValueError("dtype, device: this target has no to(dtype, device) method; leave both at None")
+        target = target.to(options.dtype, options.device)
+    if options.dtype is None:
+        target = settle_dtype(target, points)
+    check_target(target, points)
+    return target
+
+
+def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
+    clock = _Clock(options.max_seconds)
+    start, located, description, recipe = _start(target, choice, options, bar)
+    clock.lap("locating")
+    bar.stage("training", options.steps)
+    trained = train(
+        start,
+        target,
+        steps=options.steps,
+        particles=options.particles,
+        lr=options.lr,
+        path=True,
+        max_seconds=clock.left(TRAINING_SHARE),
+        report=bar.step,
+    ) if options.steps else Training(start, reason="no steps were asked for")
+    best, notes = _never_worse(start, trained, target)
+    clock.lap("training")
+    bar.stage("judging")
+    modes = located.modes if located is not None else options.init.modes
+    judgement = judge(best.requires_grad_(False), target, modes, options.num_draws)
+    clock.lap("judging")
+    settings |= {"recipe": recipe, "model": is_model(target)}
+    settings |= {k: str(v) if isinstance(v, (torch.dtype, torch.device)) else v for k, v in vars(options).items() if k != "init"}
+    return _posterior(judgement, best, target, modes, description, (*notes, *_notes(target, judgement)), trained, settings, clock)
+
+
+def _start(
+    target: Target, choice: FlowChoice, options: Options, bar: Progress
+) -> tuple[Flow, Located | None, str, str | None]:
+    """The flow that training starts from: the chosen one on top of the best Gaussian, or a warm start's."""
+    device = options.device
+    if isinstance(options.init, Posterior):
+        if options.init.flow is None or options.init.dim != target.dim:
+            raise ValueError(f"init: expected a Posterior with a flow of dim {target.dim}, got {options.init!r}")
+        warm = copy.deepcopy(options.init.flow).requires_grad_().to(device=device, dtype=torch.float64)
+        return warm, None, options.init.flow_description, options.init.settings.get("recipe")
+    flow, name, recipe = resolve_flow(choice, target.dim)
+    bar.stage("locating")
+    located = locate(target, start_points(target, _init_points(target, options.init), device=device))
+    whitening = Fixed(LowerTriangular, shift=located.best.loc[0], scale_tril=located.best.scale_tril[0])
+    start = flow.to(device=device, dtype=torch.float64).then(whitening)
+    return start, located, f"{name} on {located.best.origin[0]}", recipe
+
+
+def resolve_flow(choice: FlowChoice, dim: int) -> tuple[Flow, str, str | None]:
+    """A fresh flow of the given dim, its description, and its recipe's name if it can be rebuilt from that alone.
+
+    "auto" is the spline coupling flow: one pass in both directions, so that training by path gradients and judging
+    are cheap.
+    """
+    if choice == "auto":
+        choice = "spline"
+    if isinstance(choice, str):
+        if choice not in recipes.__all__:
+            raise ValueError(f'flow: expected "auto" or one of {", ".join(recipes.__all__)}, got {choice!r}')
+        return getattr(recipes, choice)(dim), f"{choice} flow", choice
+    flow = copy.deepcopy(choice) if isinstance(choice, Flow) else choice(dim) if callable(choice) else None
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow: expected a recipe's name, a callable dim -> Flow, or a Flow, got {choice!r}")
+    if flow.dim != dim or flow.context is not None:
+        raise ValueError(f"flow: expected dim {dim} and no context, got dim {flow.dim}, context {flow.context}")
+    return flow, "the flow given", None
+
+
+def _init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
+    """Values to start near, as unconstrained points (n, dim)."""
+    if init is None:
+        return None
+    if isinstance(init, dict):
+        if not is_model(target):
+            raise ValueError("init: named values need a Pyro model; pass a tensor (dim,) of a density's points")
+        init = target.unconstrain(init)
+    points = torch.atleast_2d(torch.as_tensor(init, dtype=torch.float64))
+    if points.shape[-1] != target.dim or points.dim() != 2 or not points.isfinite().all():
+        raise ValueError(f"init: expected finite values of shape ({target.dim},), got {tuple(points.shape)}")
+    return points
+
+
+def _never_worse(start: Flow, trained: Training, target: Target) -> tuple[Flow, tuple[str, ...]]:
+    """The trained flow, or, if its ELBO is lower, the one that it started from; with notes on what happened."""
+    notes = [f"training: {len(trained.elbo)} steps; {trained.reason}."]
+    if trained.rolled_back:
+        notes.append(f"training met non-finite values and was rolled back {trained.rolled_back} times.")
+    if trained.lost:
+        notes.append(f"training: {trained.lost} draws had log p = −inf and were left out.")
+    with torch.no_grad():
+        noise = start.base.noise((COMPARED,))
+        before, after = (
+            mean_elbo(in_blocks(lambda rows, q=q: log_weights(q, target, rows).log_w, noise).nan_to_num(nan=-math.inf))
+            for q in (start, trained.flow)
+        )
+    if before > after:
+        notes.append(f"training did not help (ELBO {after:.3f} after, {before:.3f} before): the start was kept.")
+        return copy.deepcopy(start), tuple(notes)
+    return trained.flow, tuple(notes)
+
+
+def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
+    notes = []
+    if getattr(target, "dtype", torch.float64) != torch.float64:
+        notes.append(f"precision: the target was evaluated in {target.dtype}.")
+    if getattr(target, "mode", "vmap") != "vmap":
+        notes.append(f"the model was evaluated by {target.mode}: {target.mode_reason}.")
+    if getattr(target, "failed_rows", 0):
+        notes.append(f"the model failed at {target.failed_rows} points (a matrix not positive definite, say): weight 0.")
+    if judgement.skipped:
+        notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
+    return tuple(notes)
+
+
+def _posterior(
+    judgement: Judgement,
+    flow: Flow,
+    target: Target,
+    modes: Gaussians | None,
+    description: str,
+    notes: tuple[str, ...],
+    trained: Training,
+    settings: dict[str, Any],
+    clock: _Clock,
+) -> Posterior:
+    shared = ("verdict", "khat", "khat_interval", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
+    return Posterior(
+        **{name: getattr(judgement, name) for name in (*shared, "proposal")},
+        draws=judgement.draws.x,
+        log_weights=judgement.draws.log_w,
+        flow=flow,
+        target=target,
+        modes=modes,
+        flow_description=description,
+        notes=notes,
+        trace=trained.elbo,
+        settings=settings,
+        timing=clock.laps,
+    )
+
+
+class _Clock:
+    """Wall time of the stages, and what is left of a limit."""
+
+    def __init__(self, limit: float | None):
+        self.limit, self.began = limit, time.monotonic()
+        self.last, self.laps = self.began, {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self.last = now - self.last, now
+
+    def left(self, share: float) -> float | None:
+        return None if self.limit is None else max(share * self.limit - (time.monotonic() - self.began), 0.0)

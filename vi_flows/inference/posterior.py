@@ -1,0 +1,171 @@
+"""The result of a fit: draws with their weights, a verdict, and the flow that made them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..flows.distribution import Flow
+from ..targets.target import Target
+from .diagnose import Verdict
+from .gaussian import Gaussians
+from .psis import smooth
+from .quantities import estimate, flatten, resample
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run under its own seed and leave torch's global generators as they were; None: draw from the global state."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass
+class Posterior:
+    """An approximation to a target, judged.
+
+    draws: (S, dim) unconstrained draws of the flow q, aligned with log_weights (S,) = log p − log q.
+    verdict: status "reliable", "corrected" or "unreliable", with reasons.
+    khat: mean k̂ of q's weights over repeats of S draws; khat_interval: 90 % interval of that mean.
+    ess: effective sample size of ``draws``, a count out of S.
+    elbo: the evidence lower bound of q. log_evidence, log_evidence_se: log ∫p, from the defensive proposal; under
+    improper priors it is a log normaliser.
+    proposal: draws of the defensive proposal with their weights, from which :meth:`sample` resamples.
+    flow, target: as fitted; None where a file was loaded without them.
+    modes: Gaussians at the optima that locating saw. flow_description, trace, settings, timing: how it was made.
+    """
+
+    verdict: Verdict
+    draws: Tensor
+    log_weights: Tensor
+    khat: float
+    khat_interval: tuple[float, float]
+    khat_spread: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    log_evidence_se: float
+    proposal: Weights
+    flow: Flow | None
+    target: Target | None
+    modes: Gaussians | None = None
+    flow_description: str = ""
+    notes: tuple[str, ...] = ()
+    trace: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, Tensor] | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.draws.shape[1]
+
+    def sample(self, n: int, weighted: bool = True, seed: int | None = None) -> dict[str, Tensor] | Tensor:
+        """n draws: a dict of named constrained tensors (n, ...) for a model, a tensor (n, dim) for a density.
+
+        weighted: resample the defensive proposal's draws by their (below k̂ = 1 Pareto-smoothed) importance weights:
+        draws of the target, as far as the verdict goes; single draws repeat where n or a weight is large. If False,
+        fresh draws of the flow q.
+        seed: None draws from torch's global generator.
+
+        Raises ValueError if n is not positive, or if the posterior was loaded without a target and n exceeds the
+        stored draws.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: expected a positive integer, got {n!r}")
+        with seeded(seed):
+            if self.target is None:
+                return self._sample_stored(n, weighted)
+            if weighted:
+                log_w, shape = smooth(self.proposal.log_w)
+                x = self.proposal.x[resample(log_w if shape < 1 else self.proposal.log_w, n)]
+            else:
+                with torch.no_grad():
+                    x = self._flow("sample")().rsample_and_log_prob((n,))[0]
+            values = self.target.constrain(x)
+        return values if is_model(self.target) else x
+
+    def _sample_stored(self, n: int, weighted: bool) -> dict[str, Tensor] | Tensor:
+        if self.stored is None or not weighted:
+            raise ValueError("sample: this posterior has no target; load it with vf.load(path, target=...)")
+        size = len(next(iter(self.stored.values())))
+        if n > size:
+            raise ValueError(f"n: expected at most the {size} stored draws, got {n}; load with target= for more")
+        index = torch.randperm(size)[:n]
+        chosen = {name: value[index] for name, value in self.stored.items()}
+        return chosen if self.settings.get("model") else chosen["x"]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log q of unconstrained x (..., dim) -> (...), by the fitted flow."""
+        flow = self._flow("log_prob")
+        return flow().log_prob(x.to(dtype=flow.dtype, device=flow.device)).to(x.dtype)
+
+    def _flow(self, caller: str) -> Flow:
+        if self.flow is None:
+            raise ValueError(f"{caller}: the flow could not be rebuilt; load it with vf.load(path, flow=...)")
+        return self.flow
+
+    def summary(self) -> DataFrame:
+        """A table of the weighted draws: mean, sd, 5 %, 50 %, 95 % points, and the standard error of the mean."""
+        from pandas import DataFrame  # pandas comes with ArviZ; importing it takes half a second
+
+        if self.target is None:
+            if self.stored is None:
+                raise ValueError("summary: this posterior has no target; load it with vf.load(path, target=...)")
+            names, theta = flatten(self.stored)
+            log_w = torch.zeros(len(theta), dtype=theta.dtype)
+        else:
+            names, theta = flatten(self.target.constrain(self.proposal.x))
+            log_w = self.proposal.log_w.double()
+        values = estimate(theta, log_w)
+        low, middle, high = values.quantiles
+        columns = {"mean": values.mean, "sd": values.sd, "5%": low, "50%": middle, "95%": high, "mcse": values.mean_se}
+        return DataFrame({name: column.cpu().numpy() for name, column in columns.items()}, index=names)
+
+    def describe(self) -> str:
+        """The verdict in words, with its numbers: a few lines of text."""
+        low, high = self.khat_interval
+        share = self.ess / len(self.draws)
+        lines = [
+            f"verdict: {self.verdict.status}. " + "; ".join(self.verdict.reasons) + ".",
+            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)} ({share:.0%})",
+            f"ELBO {self.elbo:.3f}, log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+        ]
+        return "\n".join([*lines, *([f"flow: {self.flow_description}"] if self.flow_description else []), *self.notes])
+
+    def __repr__(self) -> str:
+        return (
+            f"Posterior({self.verdict.status}, dim {self.dim}, k̂ {self.khat:.2f}, ESS {self.ess:.0f}/{len(self.draws)}, "
+            f"log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f})"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything but the target to one safetensors file with a JSON header, atomically; returns its path."""
+        from .checkpoint import save
+
+        return save(self, path)
+
+
+def is_model(target: Target) -> bool:
+    """Whether a target's points have names of their own (a Pyro model), so that draws come as a dict."""
+    return getattr(target, "names", None) is not None
+
+
+def gap(posterior: Posterior) -> float:
+    """log Ẑ − ELBO, an estimate of KL(q‖p)."""
+    return posterior.log_evidence - posterior.elbo if math.isfinite(posterior.elbo) else math.inf

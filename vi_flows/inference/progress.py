@@ -1,0 +1,43 @@
+"""A progress bar of the stages of a fit, by rich."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """A context manager: ``stage(name, total)`` begins a stage, ``step(done, total, elbo)`` moves its bar."""
+
+    def __init__(self, show: bool):
+        self.bar = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not show,
+        )
+        self.task = None
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self.bar.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self._finish()
+        self.task = self.bar.add_task(name, total=total, note="")
+
+    def step(self, done: int, total: int, elbo: float) -> None:
+        self.bar.update(self.task, completed=done, total=total, note=f"ELBO {elbo:.2f}  step {done}/{total}")
+
+    def _finish(self) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, total=1, completed=1)
+            self.bar.stop_task(self.task)

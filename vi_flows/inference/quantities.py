@@ -1,0 +1,74 @@
+"""Named scalars of draws, their weighted moments and quantiles, and the Monte-Carlo errors of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PROBABILITIES = (0.05, 0.5, 0.95)
+
+
+def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    """{"tau": (N,), "theta": (N, 8)} -> ["tau", "theta[0]", ...] and (N, Q) in float64; names as ArviZ writes them."""
+    names, columns = [], []
+    for name, value in values.items():
+        shape = value.shape[1:]
+        columns.append(value.detach().reshape(len(value), -1).double())
+        if not shape:
+            names.append(name)
+        else:
+            index = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist()
+            names += [f"{name}[{','.join(map(str, i))}]" for i in index]
+    return names, torch.cat(columns, -1)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Self-normalised estimates of Q quantities with their standard errors; every field is (Q,) or (3, Q)."""
+
+    mean: Tensor
+    sd: Tensor
+    quantiles: Tensor
+    mean_se: Tensor
+    log_sd_se: Tensor
+    probability_se: Tensor
+
+
+def estimate(theta: Tensor, log_w: Tensor) -> Estimates:
+    """Weighted mean, sd and 5/50/95 % points of theta (S, Q) under exp(log_w) (S,).
+
+    Standard errors by the delta method for self-normalised importance sampling: se² = Σ w̄² (h − E h)²; that of the
+    sd is on the log scale, that of a quantile is of the probability below it.
+    """
+    w = (log_w - log_w.logsumexp(0)).exp()
+    mean = w @ theta
+    offset = theta - mean
+    variance = w @ offset.square()
+    mean_se = (w.square() @ offset.square()).sqrt()
+    log_sd_se = (w.square() @ (offset.square() - variance).square()).sqrt() / (2 * variance)
+    order = theta.argsort(0)
+    cumulative = w[order].cumsum(0)
+    quantiles, errors = [], []
+    for p in PROBABILITIES:
+        index = (cumulative < p).sum(0).clamp_max(len(theta) - 1)
+        point = theta.gather(0, order.gather(0, index[None]))[0]
+        below = (theta <= point).to(w.dtype)
+        quantiles.append(point)
+        errors.append((w.square() @ (below - w @ below).square()).sqrt())
+    return Estimates(mean, variance.sqrt(), torch.stack(quantiles), mean_se, log_sd_se, torch.stack(errors))
+
+
+def vary(theta: Tensor) -> Tensor:
+    """Indices of the columns of theta that are not constant (a correlation matrix has constant ones)."""
+    low, high = theta.amin(0), theta.amax(0)
+    return ((high - low) > 1e-12 * torch.maximum(low.abs(), high.abs())).nonzero()[:, 0]
+
+
+def resample(log_w: Tensor, n: int) -> Tensor:
+    """n indices by systematic resampling from weights exp(log_w) (S,), in random order."""
+    cumulative = (log_w - log_w.logsumexp(0)).exp().cumsum(0)
+    u = (torch.arange(n, dtype=log_w.dtype, device=log_w.device) + torch.rand((), dtype=log_w.dtype).item()) / n
+    index = torch.searchsorted(cumulative, u.clamp_max(float(cumulative[-1]))).clamp_max(len(log_w) - 1)
+    return index[torch.randperm(n, device=index.device)]

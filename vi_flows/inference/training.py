@@ -1,0 +1,227 @@
+"""The one training loop: a pure step of (flat parameters, noise), Adam on one tensor, and the rules to go on or stop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..flows.distribution import Flow
+from ..targets.target import Target
+from .objectives import Objective, elbo
+from .weights import log_weights
+
+WINDOW = 50  # steps over which losses and gradient norms are compared
+SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
+LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
+EXACT = 1e-4  # variance of log w below which q is p as far as draws can tell: a KL of half of it
+
+
+class DivergedError(RuntimeError):
+    """Training met non-finite values again after its learning rate was halved three times."""
+
+
+class Step(nn.Module):
+    """The loss of one training step as a module, so that ``functional_call`` makes it pure in its parameters.
+
+    forward(noise) -> (loss, log_w): the negative objective over the draws with finite log-weights. The path gradient
+    belongs to the ELBO (in other objectives it is biased: use their own estimators).
+    """
+
+    def __init__(self, flow: Flow, target: Target, objective: Objective = elbo, path: bool = False):
+        super().__init__()
+        if path and objective is not elbo:
+            raise ValueError("path: the path gradient belongs to the ELBO; use path=False with any other objective")
+        self.flow, self.target, self.objective, self.path = flow, target, objective, path
+
+    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        log_w = log_weights(self.flow, self.target, noise, self.path).log_w
+        alive = log_w.detach() > -torch.inf
+        mean = log_w.detach().where(alive, 0.0).sum() / alive.sum().clamp_min(1)
+        return -self.objective(torch.where(alive, log_w, mean)), log_w.detach()
+
+
+@dataclass
+class Training:
+    """What training did: elbo has one noisy value a step; reason says in words why it stopped."""
+
+    flow: Flow
+    elbo: list[float] = field(default_factory=list)
+    reason: str = ""
+    seconds: float = 0.0
+    skipped: int = 0
+    lost: int = 0
+    rolled_back: int = 0
+
+
+class Flat:
+    """A module's trainable parameters as one vector, and the vector as named views."""
+
+    def __init__(self, module: nn.Module):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
+        self.vector = torch.cat([p.detach().reshape(-1) for _, p in named]) if named else torch.zeros(0)
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([shape.numel() for shape in self.shapes])
+        return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    @torch.no_grad()
+    def store(self, module: nn.Module, vector: Tensor) -> None:
+        for name, value in self.views(vector).items():
+            module.get_parameter(name).copy_(value)
+
+
+def train(
+    flow: Flow,
+    target: Target,
+    *,
+    steps: int = 800,
+    particles: int = 256,
+    lr: float = 1e-2,
+    objective: Objective = elbo,
+    path: bool = False,
+    max_seconds: float | None = None,
+    report: Callable[[int, int, float], None] | None = None,
+) -> Training:
+    """Maximise the objective over a copy of ``flow`` by Adam; returns it with its averaged last iterates.
+
+    The rate warms up, holds until the ELBO is stationary (or 60 % of the steps are used), then falls to 0 on a cosine,
+    over whose second half iterates are averaged. Gradients above 10 times the running median norm are skipped, above
+    2 times it clipped. Non-finite values roll back to the last good point and halve the rate.
+
+    Parameters
+    ----------
+    report: called with (step, steps, mean ELBO of the last window) for a progress bar.
+
+    Raises
+    ------
+    DivergedError after the fourth roll-back; ValueError if more than 20 % of a window's draws have log p = −inf.
+    Ctrl-C ends training with the average so far, and says so in ``reason``.
+    """
+    loop = _Loop(Step(copy.deepcopy(flow), target, objective, path), steps, particles, lr)
+    result, began = Training(loop.step.flow), time.monotonic()
+    try:
+        for i in range(steps):
+            loop.advance(i, result)
+            if report is not None:
+                report(i + 1, loop.ends_at, statistics.fmean(result.elbo[-WINDOW:]))
+            if max_seconds is not None and time.monotonic() - began > max_seconds:
+                result.reason = f"the time limit of {max_seconds:g} s was reached"
+                break
+            if loop.finished(i, result):
+                break
+    except KeyboardInterrupt:
+        result.reason = f"interrupted at step {len(result.elbo)}"
+    loop.flat.store(loop.step, loop.average())
+    result.seconds = time.monotonic() - began
+    return result
+
+
+class _Loop:
+    """The state of one training run."""
+
+    def __init__(self, step: Step, steps: int, particles: int, lr: float):
+        self.step, self.steps, self.particles, self.lr = step, steps, particles, lr
+        self.flat = Flat(step)
+        self.vector = self.flat.vector.clone().requires_grad_()
+        self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
+        self.norms: deque[float] = deque(maxlen=2 * WINDOW)
+        self.warm_up = max(1, min(WINDOW, steps // 10))
+        self.decay_from = max(1, int(0.6 * steps))
+        self.ends_at = steps
+        self.why = "all steps were used"
+        self.good = self._checkpoint()
+        self.mean, self.count = self.vector.detach().clone(), 0
+
+    def rate(self, i: int) -> float:
+        if i < self.decay_from:
+            return self.lr * min(1.0, (i + 1) / self.warm_up)
+        done = (i - self.decay_from) / max(self.ends_at - self.decay_from, 1)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def advance(self, i: int, result: Training) -> None:
+        """One Adam step; a bad one is undone."""
+        self.optimizer.param_groups[0]["lr"] = self.rate(i)
+        noise = self.step.flow.base.noise((self.particles,))
+        loss, log_w = functional_call(self.step, self.flat.views(self.vector), (noise,))
+        (gradient,) = torch.autograd.grad(loss, self.vector)
+        alive = log_w[log_w > -torch.inf]
+        result.lost += len(log_w) - len(alive)
+        norm = float(torch.linalg.vector_norm(gradient))
+        value = float(alive.mean()) if len(alive) else math.nan
+        self._check_lost(i, result)
+        if not (math.isfinite(norm) and math.isfinite(value)):
+            self._roll_back(i, result)
+        else:
+            result.elbo.append(value)
+            self._apply(i, gradient, norm, result)
+        if i % WINDOW == WINDOW - 1:
+            self.good = self._checkpoint()
+
+    def _apply(self, i: int, gradient: Tensor, norm: float, result: Training) -> None:
+        typical = statistics.median(self.norms) if len(self.norms) >= 10 else norm
+        self.norms.append(norm)
+        if norm > SKIP * typical:
+            result.skipped += 1
+            return
+        self.vector.grad = gradient * min(1.0, CLIP * typical / max(norm, 1e-300))
+        self.optimizer.step()
+        if i >= (self.decay_from + self.ends_at) // 2:
+            self.count += 1
+            self.mean += (self.vector.detach() - self.mean) / self.count
+
+    def finished(self, i: int, result: Training) -> bool:
+        """Whether step i was the last; moves the decay forward once the ELBO stands still."""
+        if i + 1 >= self.ends_at:
+            result.reason = self.why
+            return True
+        holding = i + 1 < self.decay_from and (i + 1) % WINDOW == 0 and len(result.elbo) >= 4 * WINDOW
+        if holding and _stationary(result.elbo):
+            self.decay_from = i + 1
+            self.ends_at = min(self.steps, i + 1 + max(2 * WINDOW, (i + 1) // 2))
+            self.why = f"the ELBO was stationary from step {i + 1}"
+        return False
+
+    def average(self) -> Tensor:
+        """The averaged iterates, or the last good ones if averaging had not begun."""
+        return self.mean if self.count else self.vector.detach()
+
+    def _check_lost(self, i: int, result: Training) -> None:
+        if (i + 1) % WINDOW == 0 and result.lost > LOST_SHARE * (i + 1) * self.particles:
+            share = result.lost / ((i + 1) * self.particles)
+            raise ValueError(
+                f"log_prob: expected finite values in training, got −inf at {share:.0%} of the draws; put the constraint "
+                "into the target: transform the parameter, or give the Pyro site its support"
+            )
+
+    def _checkpoint(self) -> tuple[Tensor, dict]:
+        return self.vector.detach().clone(), copy.deepcopy(self.optimizer.state_dict())
+
+    def _roll_back(self, i: int, result: Training) -> None:
+        result.rolled_back += 1
+        if result.rolled_back > 3:
+            raise DivergedError(
+                f"fit: log-weights or gradients were not finite at step {i}, for the fourth time at learning rate "
+                f"{self.lr:.1e}; lower lr=, or look for overflow in the target"
+            )
+        with torch.no_grad():
+            self.vector.copy_(self.good[0])
+        self.optimizer.load_state_dict(self.good[1])
+        self.lr /= 2
+
+
+def _stationary(trace: list[float]) -> bool:
+    """Whether the last two windows gained no more than their noise (or 0.002 nats) over the two before them."""
+    late, early = trace[-2 * WINDOW :], trace[-4 * WINDOW : -2 * WINDOW]
+    gain = statistics.fmean(late) - statistics.fmean(early)
+    noise = math.sqrt((statistics.variance(late) + statistics.variance(early)) / len(late))
+    return gain < max(noise, 2e-3)
