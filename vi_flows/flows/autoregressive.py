@@ -47,8 +47,8 @@ class Sweep:
         dim, depth = len(order), len(layer.hidden)
         self.sums = [net.first_bias(context), *list(net.biases)[1:depth]]
         inner, *self.weights = (net.weight(i).mT for i in range(depth))
-        self.inner = inner.split(1)  # rows by coordinate
-        self.order, self.step, self.hidden = layer.order, 0, []
+        self.inner = inner.unbind()  # by coordinate
+        self.order, self.step, self.hidden = layer.order, 0, self.sums[-1][..., :0]
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order
         self.last = net.weight(depth).unflatten(0, (net.count, -1)).index_select(1, order).unbind(1)
         self.last_bias = net.biases[depth].unflatten(0, (net.count, -1)).index_select(1, order).unbind(1)
@@ -65,9 +65,8 @@ class Sweep:
             if i < len(self.weights):
                 self.sums[i + 1] = self.sums[i + 1] + units @ self.weights[i][start:end]
             else:
-                self.hidden.append(units)
-        hidden = torch.cat([units.expand(*self.hidden[-1].shape[:-1], -1) for units in self.hidden], -1)
-        raw = linear(hidden, self.last[self.step][:, : hidden.shape[-1]], self.last_bias[self.step])
+                self.hidden = torch.cat([self.hidden.expand(*units.shape[:-1], -1), units], -1)
+        raw = linear(self.hidden, self.last[self.step][:, : self.hidden.shape[-1]], self.last_bias[self.step])
         return raw.unsqueeze(-1)
 
     def push(self, z: Tensor) -> None:

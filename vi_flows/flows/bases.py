@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 
 
 class Base(nn.Module, ABC):
-    """A distribution of z on R^dim, drawn as ``transform(noise(shape))`` so that a training step is pure in its noise."""
+    """A distribution of z on R^dim, drawn as ``transform(noise(shape))`` so that a step is pure in its noise."""
 
     def __init__(self, dim: int):
         super().__init__()

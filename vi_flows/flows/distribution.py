@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -29,11 +30,11 @@ class FlowDistribution(TorchDistribution):
     ValueError for a value whose last size is not dim; NotConverged if a numerical inverse fails at a finite value.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, base: Base, bijection: Bijection, batch_shape: Size = Size()):
+    def __init__(self, base: Base, bijection: Bijection, batch_shape: Sequence[int] = ()):
         self.base, self.bijection = base, bijection
         self._drawn: tuple[Tensor, int, Tensor] | None = None
         super().__init__(Size(batch_shape), Size((base.dim,)), validate_args=False)

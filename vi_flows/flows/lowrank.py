@@ -51,7 +51,7 @@ class Planar(Bijection):
             return a + self.wu_hat * tanh, 1 + self.wu_hat * (1 - tanh * tanh)
 
         reach = self.wu_hat.abs()
-        a, converged = monotone_root(f, wx, wx - reach, wx + reach)
+        a, converged = monotone_root(f, wx, wx - reach, wx + reach, start=-self.b)
         z, logdet = self.at(a, x, -1.0)
         return z, where_converged(-logdet, converged)
 
@@ -101,7 +101,8 @@ class Sylvester(Bijection):
     """x = z + Q R₁ tanh(R₂ Qᵀz + b), Q (D × M) orthonormal, R upper triangular (van den Berg et al. 2018, eq. 13).
 
     log|det| = Σ log(1 + tanh' r₁ᵢᵢ r₂ᵢᵢ), the diagonals bounded by 1 − ε so that r₁ᵢᵢ r₂ᵢᵢ > −1. One raw matrix
-    holds both strict triangles, over √M, and r₁'s diagonal. The inverse finds v = Qᵀz from Qᵀx by back-substitution, a scalar root for each row.
+    holds both strict triangles, over √M, and r₁'s diagonal. The inverse finds v = Qᵀz from Qᵀx by back-substitution, a
+    scalar root for each row.
     Subclasses say what Q is by :meth:`down` (Qᵀ·) and :meth:`up` (Q·).
     """
 
@@ -166,7 +167,8 @@ class Sylvester(Bijection):
             tanh = torch.tanh(d2 * v + inner)
             return v + d1 * tanh, 1 + d1 * d2 * (1 - tanh * tanh)
 
-        return monotone_root(f, outer, outer - d1.abs(), outer + d1.abs())
+        inflection = -inner * d2 / (d2 * d2).clamp_min(torch.finfo(d2.dtype).tiny)
+        return monotone_root(f, outer, outer - d1.abs(), outer + d1.abs(), start=inflection)
 
 
 class OrthogonalSylvester(Sylvester):

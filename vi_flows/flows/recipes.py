@@ -5,7 +5,9 @@ All start near the identity, so that a fit begins at its base; all take a ``base
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -37,28 +39,52 @@ HIDDEN = (64, 64)
 CONDITIONED_LOG_SCALE = 2.5  # bound of a conditioner's log-scale in one layer
 
 
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return value
+
+
+def _recipe(function: Callable[..., Flow]) -> Callable[..., Flow]:
+    """A family that refuses a dim or context that is no positive integer."""
+
+    @functools.wraps(function)
+    def checked(dim: int, context: int | None = None, **options: Any) -> Flow:
+        _positive("dim", dim)
+        if context is not None:
+            _positive("context", context)
+        return function(dim, context, **options)
+
+    return checked
+
+
+@_recipe
 def diagonal(dim: int, context: int | None = None, *, base: Base | None = None) -> Flow:
     """The mean-field Gaussian: one elementwise affine layer."""
     return _flow([Parametric(affine(), dim, context)], dim, base, context)
 
 
+@_recipe
 def gaussian(dim: int, context: int | None = None, *, base: Base | None = None) -> Flow:
     """The Gaussian of full covariance: one lower-triangular affine layer."""
     return _flow([Parametric(FullAffine, dim, context)], dim, base, context)
 
 
+@_recipe
 def planar(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
     """Planar flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
     stack = [Parametric(Planar, dim, context) for _ in range(_positive("layers", layers))]
     return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
+@_recipe
 def radial(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
     """Radial flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
     stack = [Parametric(Radial, dim, context) for _ in range(_positive("layers", layers))]
     return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
+@_recipe
 def sylvester(
     dim: int,
     context: int | None = None,
@@ -96,6 +122,7 @@ def sylvester(
     return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
+@_recipe
 def iaf(
     dim: int,
     context: int | None = None,
@@ -108,6 +135,7 @@ def iaf(
     return _flow(_autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE)), dim, base, context)
 
 
+@_recipe
 def maf(
     dim: int,
     context: int | None = None,
@@ -116,11 +144,12 @@ def maf(
     hidden: Sequence[int] = HIDDEN,
     base: Base | None = None,
 ) -> Flow:
-    """Masked autoregressive flow (Papamakarios et al. 2017), the inverse of IAF: one pass to score, a sweep to sample."""
+    """Masked autoregressive flow (Papamakarios et al. 2017), IAF's inverse: one pass to score, a sweep to sample."""
     stack = _autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE))
     return _flow([Inverted(layer) for layer in stack], dim, base, context)
 
 
+@_recipe
 def realnvp(
     dim: int,
     context: int | None = None,
@@ -130,10 +159,11 @@ def realnvp(
     mixing: str = "lu",
     base: Base | None = None,
 ) -> Flow:
-    """Affine coupling flow (Dinh et al. 2017), with a linear layer after each pair of couplings (see :func:`spline`)."""
+    """Affine coupling flow (Dinh et al. 2017), a linear layer after each coupling (see :func:`spline`)."""
     return _flow(_coupling(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE), mixing), dim, base, context)
 
 
+@_recipe
 def spline(
     dim: int,
     context: int | None = None,
@@ -150,11 +180,12 @@ def spline(
     Parameters
     ----------
     bins, bound: pieces on [−bound, bound]; the identity outside.
-    mixing: the linear layer after each coupling: "lu", "permutation" (a fixed random one) or "none".
+    mixing: the linear layer after each coupling: "lu", "permutation" (fixed random ones, undone at the end) or "none".
     """
     return _flow(_coupling(dim, context, layers, hidden, _spline(bins, bound), mixing), dim, base, context)
 
 
+@_recipe
 def spline_autoregressive(
     dim: int,
     context: int | None = None,
@@ -193,22 +224,22 @@ def _coupling(
     """Couplings whose masks take the bits of the coordinate's index in turn: any two coordinates differ in some bit."""
     bits = max((dim - 1).bit_length(), 1)
     stack: list[Layer] = []
+    order = torch.arange(dim)
     for i in range(_positive("layers", layers)):
         bit = (i // 2) % bits
         mask = [(j >> bit) % 2 == i % 2 for j in range(dim)] if dim > 1 else [True]
         stack.append(Coupling(mask, univariate, hidden, context))
-        stack += _mixing(mixing, dim, context)
+        if mixing == "lu":
+            stack.append(Parametric(LU, dim, context))
+        elif mixing == "permutation":
+            index = torch.randperm(dim)
+            stack.append(Fixed(Permutation, index=index))
+            order = order[index]
+        elif mixing != "none":
+            raise ValueError(f'mixing: expected "lu", "permutation" or "none", got {mixing!r}')
+    if mixing == "permutation":  # back in order, so that the whole starts near the identity
+        stack.append(Fixed(Permutation, index=order.argsort()))
     return [*stack, Parametric(affine(), dim, context)]
-
-
-def _mixing(mixing: str, dim: int, context: int | None) -> list[Layer]:
-    if mixing == "lu":
-        return [Parametric(LU, dim, context)]
-    if mixing == "permutation":
-        return [Fixed(Permutation, index=torch.randperm(dim))]
-    if mixing == "none":
-        return []
-    raise ValueError(f'mixing: expected "lu", "permutation" or "none", got {mixing!r}')
 
 
 def _spline(bins: int, bound: float) -> Univariate:
@@ -217,9 +248,3 @@ def _spline(bins: int, bound: float) -> Univariate:
     if _positive("bins", bins) < 2:
         raise ValueError(f"bins: expected at least 2, got {bins}")
     return rational_quadratic(bins, float(bound))
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    return value

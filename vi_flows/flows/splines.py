@@ -17,9 +17,9 @@ LOG_BOUND = 3.0  # bins within e^±3 of one another, inner slopes within e^±3: 
 class RationalQuadratic(Bijection):
     """Durkan et al. 2019, eqs. 4-8: K rational-quadratic pieces on [−bound, bound], the identity outside it.
 
-    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (softmax) and K − 1 inner slopes (exponential), all bounded. The
-    slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line. Inside, bins
-    lead and the batch is last: (K, dim, \\*batch).
+    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (softmax) and K − 1 inner slopes (exponential), all bounded.
+    The slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line. Inside,
+    bins lead and the batch is last: (K, dim, \\*batch).
     """
 
     def __init__(self, raw: Tensor, bound: float):

@@ -73,13 +73,13 @@ def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return scale[:, :, None] * tril, finite & (info == 0)
 
 
-def gaussian_vi(target: Target, start: Gaussians, iterations: int = 80, draws: int = 128) -> Gaussians:
+def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 128) -> Gaussians:
     """Maximise the ELBO over all Gaussians, from each of K starts at once (Khan & Nielsen 2018, whitened).
 
     In the whitened frame x = loc + L ε, with g = Lᵀ∇log p(x), the residual r = g + ε is 0 for a Gaussian target of
     this very shape. Its moments are the natural gradient: precision ← I − ρ sym E[r εᵀ], loc ← loc + ρ L P⁻¹ E[r].
     Residuals are clipped at ten times their median norm, and a step moves no eigenvalue by more than a factor of 2.
-    The rate decays as 1/k, which averages the iterates.
+    The rate decays as 1/k in the last three quarters, which averages the iterates.
     """
     loc, tril = start.loc, start.scale_tril
     dim = loc.shape[-1]
@@ -104,4 +104,4 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int = 80, draws: i
         half = tril @ vectors * precision.rsqrt().unsqueeze(-2)
         upper = torch.linalg.qr(half.mT)[1]
         tril = (upper * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT
-    return Gaussians(loc, tril, tuple(f"Gaussian VI from {name}" for name in start.origin))
+    return Gaussians(loc, tril, start.origin)

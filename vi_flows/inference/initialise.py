@@ -47,9 +47,9 @@ def locate(target: Target, starts: Tensor) -> Located:
     found = join([standard, paths, optima])
     epsilon = torch.randn(256, dim, dtype=starts.dtype, device=starts.device)
     elbo = found.elbo(target, epsilon)
-    best = distinct(found, elbo, limit=3)
-    refined = gaussian_vi(target, found.pick(best))
-    final = join([found.pick(best), refined])
+    best = found.pick(distinct(found, elbo, limit=3))
+    refined = _refine(target, best)
+    final = join([best, refined])
     epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
     final_elbo = final.elbo(target, epsilon)
     winner = int(final_elbo.nan_to_num(-torch.inf).argmax())
@@ -58,6 +58,16 @@ def locate(target: Target, starts: Tensor) -> Located:
     return Located(
         final.pick([winner]), float(final_elbo[winner]), _modes(optima, paths, refined), len(optima), candidates
     )
+
+
+def _refine(target: Target, start: Gaussians) -> Gaussians:
+    """Gaussian VI: a short one from each start, then a longer one from the best of these."""
+    short = gaussian_vi(target, start, iterations=20)
+    epsilon = torch.randn(512, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
+    best = int(short.elbo(target, epsilon).nan_to_num(-torch.inf).argmax())
+    long = gaussian_vi(target, short.pick([best]), iterations=60)
+    refined = [long, short.pick([i for i in range(len(short)) if i != best])]
+    return join([Gaussians(g.loc, g.scale_tril, tuple(f"Gaussian VI from {name}" for name in g.origin)) for g in refined])
 
 
 def _modes(optima: Gaussians, paths: Gaussians, refined: Gaussians) -> Gaussians:

@@ -12,6 +12,8 @@ from .weights import BLOCK
 
 ARMIJO, WOLFE = 1e-4, 0.9
 CURVATURE = 1e-10  # least s·y, relative to ‖s‖‖y‖, for a BFGS update
+PRUNE_EVERY = 20  # iterations, after which the worse half of the paths still going ends
+PATHS = 8  # never fewer than so many by pruning
 
 
 def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,12 +67,13 @@ def concatenate(parts: list[Iterates]) -> Iterates:
 
 
 def bfgs_paths(
-    target: Target, starts: Tensor, iterations: int = 150, tolerance: float = 1e-7
+    target: Target, starts: Tensor, iterations: int = 150, tolerance: float = 1e-5
 ) -> tuple[Iterates, Iterates]:
     """Maximise log p from each start (N, dim) by BFGS; returns the ends and a thinned record of the paths.
 
     A path stops when the gain that the local quadratic promises, ½ gᵀHg (in nats, whatever the scaling), is below
-    ``tolerance``, or when its line search fails. Points are recorded at iterations about 1.3 times apart.
+    ``tolerance``, when its line search fails, or when it is in the worse half of those going after every 20 iterations.
+    Points are recorded at iterations about 1.3 times apart.
     """
     value, grad = value_and_grad(target, starts)
     norm = torch.linalg.vector_norm(grad, dim=-1).clamp_min(1e-300)
@@ -89,6 +92,8 @@ def bfgs_paths(
         active = active[going]
         if not len(active):
             break
+        if k % PRUNE_EVERY == 0 and len(active) > PATHS:
+            active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
     return at, concatenate(record) if record else at
 
 
@@ -111,7 +116,7 @@ def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> t
     return Iterates(x, value, grad, (h + h.mT) / 2, at.path), going
 
 
-def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, tries: int = 25):
+def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, tries: int = 12):
     """Weak-Wolfe bracketing for all rows (Lewis & Overton 2013): t halves between bounds, or doubles without one."""
     t, lo, hi = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     x, value, grad = at.x.clone(), at.value.clone(), at.grad.clone()
@@ -134,33 +139,43 @@ def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor,
     return x, value, grad, found
 
 
-def newton(target: Target, x: Tensor, iterations: int = 12, tolerance: float = 1e-10) -> tuple[Tensor, Tensor, Tensor]:
+def newton(target: Target, x: Tensor, iterations: int = 10, tolerance: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Damped Newton ascent from the rows of x; returns points (N, dim), log p (N,) and exact Hessians there.
 
     Directions are V |Λ|⁻¹ Vᵀ g in the eigenbasis of the Hessian, so that saddles repel; steps are halved until log p
-    rises.
+    rises. A row is done when its promised gain ½ gᵀ|H|⁻¹g is below ``tolerance`` nats, or when no step helps.
     """
     value, grad = value_and_grad(target, x)
-    hessian = hessians(target, x)
+    x, hessian = x.clone(), hessians(target, x)
+    going = torch.arange(len(x), device=x.device)
     for _ in range(iterations):
-        good = hessian.isfinite().all(-1).all(-1)
-        eigenvalues, vectors = torch.linalg.eigh(torch.where(good[:, None, None], hessian, 0.0))
-        size = eigenvalues.abs()
-        size = size.clamp_min(1e-12 * size.amax(-1, keepdim=True).clamp_min(1e-300))
-        direction = (vectors @ ((vectors.mT @ grad.unsqueeze(-1)) / size.unsqueeze(-1))).squeeze(-1)
-        if not (good & ((grad * direction).sum(-1) / 2 > tolerance)).any():
-            break
-        t, moved = torch.ones_like(value), torch.zeros_like(value, dtype=torch.bool)
-        for _ in range(12):
-            trial = torch.where(moved[:, None], x, x + t[:, None] * direction)
-            v, g = value_and_grad(target, trial)
-            take = ~moved & (v > value)
-            x, value = torch.where(take[:, None], trial, x), torch.where(take, v, value)
-            grad, moved = torch.where(take[:, None], g, grad), moved | take
-            if moved.all():
+        direction = _newton_direction(hessian[going], grad[going])
+        promised = (grad[going] * direction).sum(-1) / 2
+        going, direction = going[promised > tolerance], direction[promised > tolerance]
+        left = torch.arange(len(going), device=x.device)
+        moved = torch.zeros_like(left, dtype=torch.bool)
+        for halvings in range(10):
+            if not len(left):
                 break
-            t = t / 2
-        if not moved.any():
+            rows = going[left]
+            trial = x[rows] + 0.5**halvings * direction[left]
+            v, g = value_and_grad(target, trial)
+            better = v > value[rows]
+            x[rows[better]], value[rows[better]], grad[rows[better]] = trial[better], v[better], g[better]
+            moved[left[better]] = True
+            left = left[~better]
+        going = going[moved]
+        if not len(going):
             break
-        hessian = hessians(target, x)
+        hessian[going] = hessians(target, x[going])
     return x, value, hessian
+
+
+def _newton_direction(hessian: Tensor, grad: Tensor) -> Tensor:
+    """|H|⁻¹ g for each row; 0 where the Hessian is not finite."""
+    good = hessian.isfinite().all(-1).all(-1)
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(good[:, None, None], hessian, 0.0))
+    size = eigenvalues.abs()
+    size = size.clamp_min(1e-12 * size.amax(-1, keepdim=True).clamp_min(1e-300))
+    direction = (vectors @ ((vectors.mT @ grad.unsqueeze(-1)) / size.unsqueeze(-1))).squeeze(-1)
+    return torch.where(good[:, None], direction, 0.0)

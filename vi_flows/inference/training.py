@@ -22,7 +22,7 @@ from .weights import log_weights
 WINDOW = 50  # steps over which losses and gradient norms are compared
 SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
-EXACT = 1e-4  # variance of log w below which q is p as far as draws can tell: a KL of half of it
+CLOSE = 2e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
 
 
 class DivergedError(RuntimeError):
@@ -135,6 +135,7 @@ class _Loop:
         self.vector = self.flat.vector.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
+        self.variances: deque[float] = deque(maxlen=WINDOW)
         self.warm_up = max(1, min(WINDOW, steps // 10))
         self.decay_from = max(1, int(0.6 * steps))
         self.ends_at = steps
@@ -158,6 +159,7 @@ class _Loop:
         result.lost += len(log_w) - len(alive)
         norm = float(torch.linalg.vector_norm(gradient))
         value = float(alive.mean()) if len(alive) else math.nan
+        self.variances.append(float(alive.var()) if len(alive) > 1 else math.inf)
         self._check_lost(i, result)
         if not (math.isfinite(norm) and math.isfinite(value)):
             self._roll_back(i, result)
@@ -184,12 +186,16 @@ class _Loop:
         if i + 1 >= self.ends_at:
             result.reason = self.why
             return True
-        holding = i + 1 < self.decay_from and (i + 1) % WINDOW == 0 and len(result.elbo) >= 4 * WINDOW
-        if holding and _stationary(result.elbo):
-            self.decay_from = i + 1
-            self.ends_at = min(self.steps, i + 1 + max(2 * WINDOW, (i + 1) // 2))
-            self.why = f"the ELBO was stationary from step {i + 1}"
+        if i + 1 < self.decay_from and (i + 1) % (WINDOW // 2) == 0 and len(self.variances) == WINDOW:
+            if statistics.fmean(self.variances) < CLOSE:
+                self._decay(i + 1, WINDOW, "log-weights were all but constant")
+            elif len(result.elbo) >= 4 * WINDOW and _stationary(result.elbo):
+                self._decay(i + 1, max(2 * WINDOW, (i + 1) // 2), "the ELBO was stationary")
         return False
+
+    def _decay(self, step: int, length: int, why: str) -> None:
+        self.decay_from, self.ends_at = step, min(self.steps, step + length)
+        self.why = f"{why} from step {step}"
 
     def average(self) -> Tensor:
         """The averaged iterates, or the last good ones if averaging had not begun."""

@@ -1,0 +1,167 @@
+"""``vi-flows``: fit a Pyro model, sample a density or an energy, and read the verdict, from the command line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import vi_flows as vf
+
+from . import demo as eight_schools
+from .inputs import loaded, read_data, to_model
+from .output import as_dict, prepare_folder, show, to_json, write
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+DRAWS = 4000
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fit normalizing flows to posteriors and densities, and say whether the result can be relied on.",
+)
+
+FlowName = Annotated[str, typer.Option("--flow", metavar="NAME", help="auto, or: " + ", ".join(vf.recipes.__all__))]
+Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Write the posterior, summary, draws and result here.")
+]
+Steps = Annotated[int, typer.Option("--steps", help="At most so many training steps.")]
+MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to locate and train (judging is extra).")]
+NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
+Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 with any verdict, 2 for bad input, 1 for a fit that failed."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return app(arguments or ["--help"], prog_name="vi-flows", standalone_mode=False) or 0
+        except (KeyboardInterrupt, typer.Abort):
+            return _fail("interrupted before there was a result", INTERRUPTED)
+        except (vf.DivergedError, vf.NotConverged) as error:
+            return _fail(error, FAILED)
+        except (ValueError, TypeError) as error:
+            return _fail(_in_words(error), BAD_INPUT)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # all of the parser's own errors have one
+                raise
+            return _fail(error.format_message(), BAD_INPUT)
+
+
+def _fail(message: object, status: int) -> int:
+    print("vi-flows: " + " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+def _in_words(error: Exception) -> str:
+    """The message of an error of this package; of any other, such as a model's own, also its kind and where it arose."""
+    if ": expected" in str(error):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (in {Path(last.filename).name}, line {last.lineno})"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        print("vi-flows: warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vi-flows {vf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Pyro model.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE.json", help="A JSON object of the model's arguments.")
+    ] = None,
+    flow: FlowName = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    steps: Steps = 800,
+    max_seconds: MaxSeconds = None,
+    num_draws: NumDraws = 10_000,
+    draws: Draws = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Fit a flow to the posterior of a Pyro model."""
+    options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
+    with loaded(model) as function:
+        _run(to_model(function, read_data(data)), options, out, draws, as_json, no_progress)
+
+
+@app.command()
+def sample(
+    density: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="A log density: (N, D) -> (N,).")],
+    dim: Annotated[int, typer.Option("--dim", help="D, the number of coordinates.")],
+    energy: Annotated[bool, typer.Option("--energy", help="FUNCTION is an energy: minus a log density.")] = False,
+    flow: FlowName = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    steps: Steps = 800,
+    max_seconds: MaxSeconds = None,
+    num_draws: NumDraws = 10_000,
+    draws: Draws = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Sample an unnormalised density or energy."""
+    options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
+    with loaded(density) as function:
+        target = (vf.Energy if energy else vf.LogDensity)(function, dim)
+        _run(target, options, out, draws, as_json, no_progress)
+
+
+@app.command()
+def demo(
+    out: Out = None, seed: Seed = 0, steps: Steps = 800, as_json: AsJson = False, no_progress: NoProgress = False
+) -> None:
+    """Fit eight schools, a small hierarchical model with real data."""
+    if not as_json:
+        print(eight_schools.TITLE)
+    target = vf.PyroModel(eight_schools.model, *eight_schools.data())
+    _run(target, {"seed": seed, "steps": steps}, out, None, as_json, no_progress)
+
+
+def _run(
+    target: vf.Target, options: dict[str, Any], out: Path | None, draws: int | None, as_json: bool, no_progress: bool
+) -> None:
+    """Fit, write the result if a folder was named, and print it."""
+    if draws is not None and (draws < 1 or out is None):
+        raise ValueError(
+            f"--draws: expected a positive number and --out, got {draws} and {out}; DIR/draws.npz has them"
+        )
+    if out is not None:
+        prepare_folder(out)
+    posterior = vf.fit(target, progress=not no_progress, **options)
+    summary = posterior.summary()
+    files = write(posterior, summary, out, draws or DRAWS) if out is not None else []
+    if as_json:
+        print(to_json(as_dict(posterior, summary, files)))
+        return
+    console = Console(highlight=False)
+    show(posterior, summary, console)
+    if files:
+        console.print(f"written to {out}: {', '.join(path.name for path in files)}", soft_wrap=True)

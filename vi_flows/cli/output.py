@@ -1,0 +1,150 @@
+"""What the command line gives back: tables and words for people, JSON for machines, files for later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+import vi_flows as vf
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+ROWS = 40  # of the summary that are printed
+STYLES = {"reliable": "bold green", "corrected": "bold yellow", "unreliable": "bold red"}
+MEANINGS = {
+    "reliable": "The flow and its draws can be used as they are.",
+    "corrected": "Use weighted draws (as in this table and in draws.npz).",
+    "unreliable": "Do not rely on these numbers.",
+}
+
+
+def show(posterior: vf.Posterior, summary: DataFrame, console: Console) -> None:
+    """The summary table, the verdict in words, and the numbers behind it."""
+    console.print(_table(summary))
+    if len(summary) > ROWS:
+        console.print(f"... and {len(summary) - ROWS} more rows (all of them with --out DIR or --json)")
+    status = posterior.verdict.status
+    console.print(f"Verdict: [{STYLES[status]}]{status}[/]. {MEANINGS[status]}")
+    for reason in posterior.verdict.reasons[1:]:  # the first says what MEANINGS does
+        console.print(_item(reason))
+    console.print()
+    console.print(_numbers(posterior))
+    if posterior.notes:
+        console.print("\nNotes")
+    for note in posterior.notes:
+        console.print(_item(note))
+
+
+def _table(summary: DataFrame) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in summary.columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in summary.head(ROWS).iterrows():
+        table.add_row(str(name), *(f"{value:.4g}" for value in row))
+    return table
+
+
+def _item(sentence: str) -> Padding:
+    return Padding(f"- {sentence.rstrip('.')}", (0, 0, 0, 2))
+
+
+def _numbers(posterior: vf.Posterior) -> Table:
+    low, high = posterior.khat_interval
+    total = sum(posterior.timing.values())
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in posterior.timing.items())
+    count = len(posterior.draws)
+    rows = {
+        "k̂ of the flow": f"{posterior.khat:.2f} ({low:.2f} to {high:.2f}); below 0.7 is good",
+        "ESS of the flow": f"{posterior.ess:.0f} of {count} draws ({posterior.ess / count:.0%})",
+        _evidence_name(posterior): f"{posterior.log_evidence:.3f} ± {posterior.log_evidence_se:.3f}",
+        "ELBO": f"{posterior.elbo:.3f}",
+        "flow": posterior.flow_description,
+        "time": f"{total:.1f} s ({stages})",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _evidence_name(posterior: vf.Posterior) -> str:
+    return "log evidence" if posterior.settings.get("model") else "log normaliser"
+
+
+def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> dict[str, Any]:
+    """All that a machine may want to know of a fit, apart from its draws."""
+    numbers = ("khat", "khat_interval", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
+    return {
+        "version": vf.__version__,
+        "status": posterior.verdict.status,
+        "reasons": posterior.verdict.reasons,
+        "checks": [dataclasses.asdict(check) for check in posterior.verdict.checks],
+        **{name: getattr(posterior, name) for name in numbers},
+        "num_draws": len(posterior.draws),
+        "dim": posterior.dim,
+        "summary": {str(name): dict(row) for name, row in summary.iterrows()},
+        "flow": posterior.flow_description,
+        "notes": posterior.notes,
+        "timing": posterior.timing,
+        "settings": posterior.settings,
+        "files": [str(path) for path in files],
+    }
+
+
+def to_json(value: Any) -> str:
+    """JSON without the tokens NaN and Infinity: null, and the strings "inf" and "-inf"."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(value) if math.isfinite(value) else str(float(value))
+    return value
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder before the work begins. Raises ValueError, in one line, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: expected a folder that can be written to, got {folder} ({error.strerror})") from None
+
+
+def write(posterior: vf.Posterior, summary: DataFrame, folder: Path, draws: int) -> list[Path]:
+    """posterior.safetensors, summary.csv, draws.npz (weighted) and result.json; each is written whole or not at all."""
+    files = [folder / name for name in ("posterior.safetensors", "summary.csv", "draws.npz", "result.json")]
+    posterior.save(files[0])
+    _replace(files[1], lambda file: file.write(summary.to_csv(index_label="name").encode()))
+    drawn = posterior.sample(draws, seed=posterior.settings["seed"])
+    named = drawn if isinstance(drawn, dict) else {"x": drawn}
+    _replace(files[2], lambda file: np.savez(file, **{name: value.cpu().numpy() for name, value in named.items()}))
+    _replace(files[3], lambda file: file.write(to_json(as_dict(posterior, summary, files)).encode()))
+    return files
+
+
+def _replace(path: Path, write_to: Callable[[BinaryIO], Any]) -> None:
+    """Write by way of a temporary file beside ``path``, so that a crash leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write_to(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
