@@ -16,6 +16,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo 'setting up .venv: a minute or two, the first time'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@

@@ -61,7 +61,7 @@ def test_fresh_and_perturbed(variant, context, dtype):
     check_flow(flow, contexts(context, dtype), build=lambda: build(variant, 3, context))
 
 
-@pytest.mark.parametrize("dim", [1, 2, 6])
+@pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_dims(variant, dim):
     if VARIANTS[variant][1].get("rank", 1) > dim:
@@ -100,7 +100,7 @@ def test_elbo_stays_below_log_evidence(variant):
     for log_p, dim in ((log_gaussian, 3), (log_banana, 2)):
         slow = variant in ("maf", "spline_autoregressive")
         start = build(variant, dim)
-        flow = train(start, log_p, steps=60 if slow else 150).double()
+        flow = train(start, log_p, steps=50 if slow else 150).double()
         with torch.no_grad():
             x, log_q = flow().rsample_and_log_prob((4000,))
             log_w = log_p(x) - log_q
@@ -205,6 +205,24 @@ def test_monotone_root():
     _, converged = monotone_root(cube, y, -torch.ones_like(y), torch.ones_like(y))
     assert converged.tolist() == [False, True, True, False]
     assert where_converged(y, converged).isnan().tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_roots_of_saturated_sigmoids(scale, dtype):
+    """Far out the tanh is ±1 and the root lies at the very edge of its bracket; steep or nearly flat, it is found."""
+    pull = torch.cat(
+        [-(1 - torch.rand(10_000, dtype=dtype) ** 4).clamp(max=0.999), 300 * torch.rand(10_000, dtype=dtype)]
+    )
+    shift, y = (scale * torch.randn(2, 20_000, dtype=dtype)).unbind()
+
+    def f(a):
+        tanh = torch.tanh(a + shift)
+        return a + pull * tanh, 1 + pull * (1 - tanh * tanh)
+
+    root, converged = monotone_root(f, y, y - pull.abs(), y + pull.abs(), start=-shift)
+    assert converged.all()
+    assert ((f(root)[0] - y).abs() <= 100 * torch.finfo(dtype).eps * (1 + y.abs() + shift.abs() + pull.abs())).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -333,5 +351,5 @@ def test_check_flow_finds_a_wrong_logdet(monkeypatch):
         check_flow(flow)
     monkeypatch.undo()
     flow.idle = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    with pytest.raises(AssertionError, match="gradient of idle through draws: none"):
+    with pytest.raises(AssertionError, match="gradient of parameter idle through draws: none"):
         check_flow(flow)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -36,6 +37,7 @@ Steps = Annotated[int, typer.Option("--steps", help="At most so many training st
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to locate and train (judging is extra).")]
 NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch; more than 1 pays for large data only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
 
@@ -46,9 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            return app(arguments or ["--help"], prog_name="vi-flows", standalone_mode=False) or 0
+            status = app(arguments or ["--help"], prog_name="vi-flows", standalone_mode=False) or 0
+            # versions of typer differ in what they make of Ctrl-C
+            return _interrupted() if status == INTERRUPTED else status
         except (KeyboardInterrupt, typer.Abort):
-            return _fail("interrupted before there was a result", INTERRUPTED)
+            return _interrupted()
         except (vf.DivergedError, vf.NotConverged) as error:
             return _fail(error, FAILED)
         except (ValueError, TypeError) as error:
@@ -64,8 +68,12 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
+def _interrupted() -> int:
+    return _fail("interrupted before there was a result", INTERRUPTED)
+
+
 def _in_words(error: Exception) -> str:
-    """The message of an error of this package; of any other, such as a model's own, also its kind and where it arose."""
+    """An error's message; if it is not one of this package (but a model's own, say) also its kind and place."""
     if ": expected" in str(error):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -103,10 +111,12 @@ def fit(
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
+    threads: Threads = 1,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model."""
+    torch.set_num_threads(threads)
     options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
     with loaded(model) as function:
         _run(to_model(function, read_data(data)), options, out, draws, as_json, no_progress)
@@ -124,10 +134,12 @@ def sample(
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
+    threads: Threads = 1,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
     """Sample an unnormalised density or energy."""
+    torch.set_num_threads(threads)
     options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
     with loaded(density) as function:
         target = (vf.Energy if energy else vf.LogDensity)(function, dim)
@@ -139,6 +151,7 @@ def demo(
     out: Out = None, seed: Seed = 0, steps: Steps = 800, as_json: AsJson = False, no_progress: NoProgress = False
 ) -> None:
     """Fit eight schools, a small hierarchical model with real data."""
+    torch.set_num_threads(1)
     if not as_json:
         print(eight_schools.TITLE)
     target = vf.PyroModel(eight_schools.model, *eight_schools.data())

@@ -25,54 +25,50 @@ class AutoregressiveBijection(Bijection):
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each hidden unit is computed once, as soon as the coordinates that it sees are known."""
-        sweep, z, logdet = Sweep(self.layer, self.context), [], x.new_zeros(x.shape[:-1])
-        for i in self.layer.order:
-            univariate = self.layer.univariate(sweep.raw())
+        layer, sweep = self.layer, Sweep(self.layer, self.context)
+        known, logdet = x[..., :0], x.new_zeros(x.shape[:-1])
+        for i in layer.order:
+            univariate = layer.univariate(sweep.next(known))
             z_i, logdet_i = univariate.inverse_and_logdet(x[..., i : i + 1])
-            sweep.push(z_i)
-            z.append(z_i)
-            logdet = logdet + logdet_i
-        return torch.cat(z, -1).index_select(-1, self.layer.position), logdet
+            known, logdet = torch.cat([known.expand(*z_i.shape[:-1], -1), z_i], -1), logdet + logdet_i
+        return known.index_select(-1, layer.position), logdet
 
 
 class Sweep:
-    """The conditioner evaluated in degree order: units complete at a step push their share into the layers above.
-
-    ``sums[l]`` holds the inputs of layer l's units as far as they are known; sorted by degree, each step completes a
-    block of them. :meth:`raw` gives the numbers of the next coordinate, :meth:`push` takes its value.
-    """
+    """The conditioner evaluated in degree order: its units sorted by degree make every step a few row blocks."""
 
     def __init__(self, layer: Autoregressive, context: Tensor | None):
         net, order = layer.conditioner, torch.as_tensor(layer.order)
-        dim, depth = len(order), len(layer.hidden)
-        self.sums = [net.first_bias(context), *list(net.biases)[1:depth]]
-        inner, *self.weights = (net.weight(i).mT for i in range(depth))
-        self.inner = inner.unbind()  # by coordinate
-        self.order, self.step, self.hidden = layer.order, 0, self.sums[-1][..., :0]
+        self.bias = [net.first_bias(context), *net.biases[1:]]
+        self.weight = [net.weight(i) for i in range(len(net.biases))]
+        self.weight[0] = self.weight[0][:, order]
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order
-        self.last = net.weight(depth).unflatten(0, (net.count, -1)).index_select(1, order).unbind(1)
-        self.last_bias = net.biases[depth].unflatten(0, (net.count, -1)).index_select(1, order).unbind(1)
-        degrees = [autoregressive_degrees(dim, width) for width in layer.hidden]
-        self.ends = [torch.searchsorted(d, torch.arange(-1, dim), right=True).tolist() for d in degrees]
+        self.last = self.weight[-1].unflatten(0, (net.count, -1))[:, order]
+        self.last_bias = self.bias[-1].unflatten(0, (net.count, -1))[:, order]
+        dim = len(layer.order)
+        self.ends = [
+            torch.searchsorted(autoregressive_degrees(dim, width), torch.arange(dim), right=True).tolist()
+            for width in layer.hidden
+        ]
+        self.hidden: list[Tensor] = []
+        self.step = 0
 
-    def raw(self) -> Tensor:
-        """raw (\\*batch, count, 1) of the next coordinate, given those pushed so far."""
+    def next(self, known: Tensor) -> Tensor:
+        """raw (\\*batch, count, 1) of the next coordinate, given the coordinates ``known`` so far, in order."""
+        below = bounded(known, REACH)
         for i, ends in enumerate(self.ends):
-            start, end = ends[self.step], ends[self.step + 1]
-            if start == end:
-                continue
-            units = silu(self.sums[i][..., start:end])
-            if i < len(self.weights):
-                self.sums[i + 1] = self.sums[i + 1] + units @ self.weights[i][start:end]
+            start, end = ends[self.step - 1] if self.step else 0, ends[self.step]
+            new = silu(linear(below, self.weight[i][start:end, : below.shape[-1]]) + self.bias[i][..., start:end])
+            if self.step:
+                new = torch.cat([self.hidden[i].expand(*new.shape[:-1], -1), new], -1)
+                self.hidden[i] = new
             else:
-                self.hidden = torch.cat([self.hidden.expand(*units.shape[:-1], -1), units], -1)
-        raw = linear(self.hidden, self.last[self.step][:, : self.hidden.shape[-1]], self.last_bias[self.step])
-        return raw.unsqueeze(-1)
-
-    def push(self, z: Tensor) -> None:
-        """Take the value (\\*batch, 1) of the coordinate whose numbers :meth:`raw` gave."""
-        self.sums[0] = self.sums[0] + bounded(z, REACH) * self.inner[self.order[self.step]]
+                self.hidden.append(new)
+            below = new
+        rows = self.last[:, self.step, : below.shape[-1]]
+        raw = linear(below, rows, self.last_bias[:, self.step])
         self.step += 1
+        return raw.unsqueeze(-1)
 
 
 class Autoregressive(Layer):

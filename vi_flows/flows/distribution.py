@@ -69,13 +69,21 @@ class FlowDistribution(TorchDistribution):
         """log q of any value (..., dim), whether drawn here or not."""
         if self._drawn is not None and self._drawn[0] is value and self._drawn[1] == value._version:
             return self._drawn[2]
-        if value.dim() == 0 or value.shape[-1] != self.base.dim:
-            raise ValueError(f"value: expected shape (..., {self.base.dim}), got {tuple(value.shape)}")
-        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        value = self._broadcast(value)
         z, logdet = self.bijection.inverse_and_logdet(value)
         log_q = self.base.log_prob(z) + logdet
         self._check_converged(value, log_q)
         return log_q
+
+    def _broadcast(self, value: Tensor) -> Tensor:
+        """value over the batch shape, or an error that says why it does not fit."""
+        if value.dim() == 0 or value.shape[-1] != self.base.dim:
+            raise ValueError(f"value: expected shape (..., {self.base.dim}), got {tuple(value.shape)}")
+        try:
+            return value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
+        except RuntimeError:
+            given = f"batch shape {tuple(value.shape[:-1])} does not broadcast with the context's"
+            raise ValueError(f"value: its {given}, {tuple(self.batch_shape)}; insert axes of size 1") from None
 
     def as_transform(self) -> BijectionTransform:
         """The ``torch.distributions`` transform from base z to sample x."""

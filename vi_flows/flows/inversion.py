@@ -37,7 +37,9 @@ def monotone_root(
     """
     iterations = iterations or (64 if start is None else 20)
     with torch.no_grad():
-        target, a, b = y.detach(), lo.detach(), hi.detach()
+        # a little wider than asked: a step to a root at the very edge must not look like one that leaves the bracket
+        slack = 16 * torch.finfo(y.dtype).eps * (1 + lo.abs() + hi.abs())
+        target, a, b = y.detach(), lo - slack, hi + slack
         x = (a + b) / 2 if start is None else torch.minimum(torch.maximum(start.detach(), a), b)
         for i in range(iterations):
             value, slope = f(x)

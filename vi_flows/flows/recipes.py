@@ -20,7 +20,7 @@ from .linear import LU, FullAffine, Permutation
 from .lowrank import HouseholderSylvester, OrthogonalSylvester, Planar, Radial, TriangularSylvester
 from .parameters import Fixed, Parametric
 from .splines import rational_quadratic
-from .univariate import Univariate, affine
+from .univariate import Univariate, affine, chain
 
 __all__ = [
     "diagonal",
@@ -175,11 +175,13 @@ def spline(
     mixing: str = "lu",
     base: Base | None = None,
 ) -> Flow:
-    """Neural spline flow by coupling (Durkan et al. 2019): rational-quadratic pieces, both directions in one pass.
+    """Neural spline flow by coupling (Durkan et al. 2019), both directions in one pass.
+
+    The conditioner of each coupling gives a rational-quadratic spline followed by an affine map.
 
     Parameters
     ----------
-    bins, bound: pieces on [−bound, bound]; the identity outside.
+    bins, bound: the spline's pieces on [−bound, bound]; it is the identity outside.
     mixing: the linear layer after each coupling: "lu", "permutation" (fixed random ones, undone at the end) or "none".
     """
     return _flow(_coupling(dim, context, layers, hidden, _spline(bins, bound), mixing), dim, base, context)
@@ -247,4 +249,5 @@ def _spline(bins: int, bound: float) -> Univariate:
         raise ValueError(f"bound: expected a positive number, got {bound!r}")
     if _positive("bins", bins) < 2:
         raise ValueError(f"bins: expected at least 2, got {bins}")
-    return rational_quadratic(bins, float(bound))
+    # the affine moves and scales also what lies in the spline's identity tails: funnels and bananas need it
+    return chain(rational_quadratic(bins, float(bound)), affine(CONDITIONED_LOG_SCALE))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bijection import Bijection
+from .bijection import Bijection, Compose
 from .linear import LOG_SCALE_BOUND, bounded
 
 
@@ -44,3 +44,13 @@ class Affine(Bijection):
 def affine(bound: float = LOG_SCALE_BOUND) -> Univariate:
     """The affine univariate, its log-scale within ±bound."""
     return Univariate(2, partial(Affine, bound=bound))
+
+
+def chain(*univariates: Univariate) -> Univariate:
+    """The univariates one after the other, the first applied first."""
+    return Univariate(sum(u.count for u in univariates), partial(_chained, univariates))
+
+
+def _chained(univariates: tuple[Univariate, ...], raw: Tensor) -> Bijection:
+    parts = raw.split([u.count for u in univariates], dim=-2)
+    return Compose([u(part) for u, part in zip(univariates, parts, strict=True)])

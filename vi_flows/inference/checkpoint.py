@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,12 @@ def save(posterior: Posterior, path: str | Path) -> Path:
         raise ValueError(f"path: expected a file name, got the folder {path}; add a name such as posterior.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(posterior).items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={"vi_flows": json.dumps(_header(posterior))})
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -61,7 +59,7 @@ def load(path: str | Path, target: Target | None = None, flow: Flow | None = Non
     try:
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get("vi_flows", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -152,7 +150,7 @@ def _rebuild(recipe: str | None, dim: int, state: dict[str, Tensor], flow: Flow 
     if flow.dim != dim:
         raise ValueError(f"flow: expected dim {dim}, got {flow.dim}; pass one of the architecture that was fitted")
     whitening = Fixed(LowerTriangular, shift=torch.zeros(dim), scale_tril=torch.eye(dim))
-    flow = flow.to(dtype=next(iter(state.values())).dtype).then(whitening)
+    flow = flow.double().then(whitening)
     try:
         flow.load_state_dict(state)
     except RuntimeError:

@@ -14,7 +14,7 @@ from ..targets.target import Target, check_finite
 from .gaussian import Gaussians
 from .proposal import DefensiveProposal
 from .psis import khat, khat_upper, smooth
-from .quantities import Estimates, estimate, flatten, vary
+from .quantities import Estimates, carrying, estimate, flatten, vary
 from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_mean_se, mean_elbo
 
 REPEATS = 5
@@ -124,12 +124,16 @@ def _concatenate(a: Weights, b: Weights) -> Weights:
 
 
 def _checks(target: Target, pooled: Weights, log_w_q: Tensor) -> list[Check]:
-    names, theta = flatten(target.constrain(pooled.x))
+    log_w = pooled.log_w
+    alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
+    if len(alive) < 5:
+        return [Check("tails", math.inf, KHAT_BOUND, False, "almost no draw has a density above 0")]
+    names, theta = flatten(target.constrain(pooled.x[alive]))
     columns = vary(theta)
     names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
-    log_w = pooled.log_w
-    values = estimate(theta, log_w)
-    return [_tails(log_w), _quantity_tails(names, theta, values, log_w), _precision(names, values), _mass(log_w, log_w_q)]
+    values = estimate(theta, log_w[alive])
+    quantities = [_quantity_tails(names, theta, values, log_w[alive]), _precision(names, values)]
+    return [_tails(log_w), *quantities, _mass(log_w, log_w_q)]
 
 
 def _tails(log_w: Tensor) -> Check:
@@ -178,7 +182,9 @@ def _mass(log_w: Tensor, log_w_q: Tensor) -> Check:
     statistic = abs(difference) + 2 * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
     passed = statistic < MISSING_MASS
     sentence = f"log Ẑ by the defensive proposal and by q differ by {difference:+.4f} (with 2 se: {statistic:.4f}"
-    sentence += ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
+    sentence += (
+        ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
+    )
     return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..flows import recipes
-from ..flows.bases import StandardNormal
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
@@ -24,7 +23,7 @@ from .gaussian import Gaussians
 from .initialise import Located, locate, start_points
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
-from .training import Training, train
+from .training import CLOSE, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
@@ -38,7 +37,7 @@ FlowChoice = str | Flow | Callable[[int], Flow]
 class Options:
     """What fit's keyword options say; see :func:`fit`."""
 
-    steps: int = 800
+    steps: int = 1500
     particles: int = 256
     lr: float = 1e-2
     max_seconds: float | None = None
@@ -58,6 +57,11 @@ class Options:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options as JSON can hold them, without ``init``."""
+        options = {name: value for name, value in vars(self).items() if name != "init"}
+        return options | {name: str(options[name]) for name in ("dtype", "device") if options[name] is not None}
 
 
 def fit(
@@ -79,7 +83,7 @@ def fit(
     flow: "auto", the name of a recipe, a callable dim -> Flow, or a Flow (copied); see ``vf.recipes``.
     seed: the result depends on it alone; torch's global generators are left as found.
     progress: show a progress bar.
-    steps: at most so many training steps (800). particles: draws in each (256). lr: of Adam (0.01).
+    steps: at most so many training steps (1500). particles: draws in each (256). lr: of Adam (0.01).
     max_seconds: wall time for locating and training together, about; judging comes on top. None: no limit.
     num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
     dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
@@ -119,16 +123,20 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     start, located, description, recipe = _start(target, choice, options, bar)
     clock.lap("locating")
     bar.stage("training", options.steps)
-    trained = train(
-        start,
-        target,
-        steps=options.steps,
-        particles=options.particles,
-        lr=options.lr,
-        path=True,
-        max_seconds=clock.left(TRAINING_SHARE),
-        report=bar.step,
-    ) if options.steps else Training(start, reason="no steps were asked for")
+    trained = (
+        train(
+            start,
+            target,
+            steps=options.steps,
+            particles=options.particles,
+            lr=options.lr,
+            path=True,
+            max_seconds=clock.left(TRAINING_SHARE),
+            report=bar.step,
+        )
+        if options.steps
+        else Training(start, reason="no steps were asked for")
+    )
     best, notes = _never_worse(start, trained, target)
     clock.lap("training")
     bar.stage("judging")
@@ -136,8 +144,12 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     judgement = judge(best.requires_grad_(False), target, modes, options.num_draws)
     clock.lap("judging")
     settings |= {"recipe": recipe, "model": is_model(target)}
-    settings |= {k: str(v) if isinstance(v, (torch.dtype, torch.device)) else v for k, v in vars(options).items() if k != "init"}
-    return _posterior(judgement, best, target, modes, description, (*notes, *_notes(target, judgement)), trained, settings, clock)
+    settings |= {
+        k: str(v) if isinstance(v, (torch.dtype, torch.device)) else v for k, v in vars(options).items() if k != "init"
+    }
+    return _posterior(
+        judgement, best, target, modes, description, (*notes, *_notes(target, judgement)), trained, settings, clock
+    )
 
 
 def _start(
@@ -150,22 +162,29 @@ def _start(
             raise ValueError(f"init: expected a Posterior with a flow of dim {target.dim}, got {options.init!r}")
         warm = copy.deepcopy(options.init.flow).requires_grad_().to(device=device, dtype=torch.float64)
         return warm, None, options.init.flow_description, options.init.settings.get("recipe")
-    flow, name, recipe = resolve_flow(choice, target.dim)
+    check_choice(choice, target.dim)
     bar.stage("locating")
     located = locate(target, start_points(target, _init_points(target, options.init), device=device))
+    flow, name, recipe = resolve_flow(choice, target.dim, nearly_gaussian=located.variance < CLOSE)
     whitening = Fixed(LowerTriangular, shift=located.best.loc[0], scale_tril=located.best.scale_tril[0])
     start = flow.to(device=device, dtype=torch.float64).then(whitening)
     return start, located, f"{name} on {located.best.origin[0]}", recipe
 
 
-def resolve_flow(choice: FlowChoice, dim: int) -> tuple[Flow, str, str | None]:
+def check_choice(choice: FlowChoice, dim: int) -> None:
+    """Raise TypeError or ValueError, before any work is done, unless :func:`resolve_flow` can make a flow of it."""
+    if choice != "auto":
+        resolve_flow(choice, dim)
+
+
+def resolve_flow(choice: FlowChoice, dim: int, nearly_gaussian: bool = False) -> tuple[Flow, str, str | None]:
     """A fresh flow of the given dim, its description, and its recipe's name if it can be rebuilt from that alone.
 
-    "auto" is the spline coupling flow: one pass in both directions, so that training by path gradients and judging
-    are cheap.
+    "auto" is the spline coupling flow, one pass in both directions, so that training by path gradients and judging
+    are cheap; or the Gaussian, if the log-weights of the one located are all but constant.
     """
     if choice == "auto":
-        choice = "spline"
+        choice = "gaussian" if nearly_gaussian else "spline"
     if isinstance(choice, str):
         if choice not in recipes.__all__:
             raise ValueError(f'flow: expected "auto" or one of {", ".join(recipes.__all__)}, got {choice!r}')
@@ -218,7 +237,9 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
     if getattr(target, "mode", "vmap") != "vmap":
         notes.append(f"the model was evaluated by {target.mode}: {target.mode_reason}.")
     if getattr(target, "failed_rows", 0):
-        notes.append(f"the model failed at {target.failed_rows} points (a matrix not positive definite, say): weight 0.")
+        notes.append(
+            f"the model failed at {target.failed_rows} points (a matrix not positive definite, say): weight 0."
+        )
     if judgement.skipped:
         notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
     return tuple(notes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..targets.target import Target
 from .optimise import value_and_grad
-from .weights import BLOCK, in_blocks
+from .weights import in_blocks
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Gaussians:
     def pick(self, index: list[int]) -> Gaussians:
         return Gaussians(self.loc[index], self.scale_tril[index], tuple(self.origin[i] for i in index))
 
+    def named(self, form: str) -> Gaussians:
+        return Gaussians(self.loc, self.scale_tril, tuple(form.format(name) for name in self.origin))
+
     def at(self, epsilon: Tensor) -> Tensor:
         """loc + L ε for standard normal ε (n, dim) -> (n, K, dim)."""
         return self.loc + torch.einsum("kij,nj->nki", self.scale_tril, epsilon)
@@ -34,13 +37,17 @@ class Gaussians:
     def logdet(self) -> Tensor:
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
-    def elbo(self, target: Target, epsilon: Tensor) -> Tensor:
-        """E[log p − log q] of each (K,), over the same ε (n, dim) for all; −inf where log p is anywhere."""
+    def log_weights(self, target: Target, epsilon: Tensor) -> Tensor:
+        """log p − log q of each (n, K), over the same ε (n, dim) for all; −inf where log p is not a number."""
         x = self.at(epsilon)
         log_p = in_blocks(target.log_prob, x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
-        log_p = torch.where(log_p.isnan(), -torch.inf, log_p)
-        entropy = self.logdet() + 0.5 * (epsilon * epsilon).sum(-1).mean() + 0.5 * x.shape[-1] * math.log(2 * math.pi)
-        return log_p.mean(0) + entropy
+        log_p = torch.where(log_p < torch.inf, log_p, -torch.inf)
+        log_base = -0.5 * (epsilon * epsilon).sum(-1, keepdim=True) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+        return log_p - log_base + self.logdet()
+
+    def elbo(self, target: Target, epsilon: Tensor) -> Tensor:
+        """E[log p − log q] of each (K,)."""
+        return self.log_weights(target, epsilon).mean(0)
 
 
 def join(parts: list[Gaussians]) -> Gaussians:

@@ -20,16 +20,16 @@ SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two
 class Located:
     """What locating found.
 
-    best: one Gaussian of the highest ELBO; elbo: its value (from 2,000 draws); modes: Gaussians at the distinct optima
-    and path ends, for the defensive proposal; optima: how many distinct proper optima there are; candidates: the
-    ELBO of every kind of Gaussian tried.
+    best: one Gaussian of the highest ELBO; elbo, variance: the mean and variance of its log-weights over 2,000 draws;
+    modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: how many distinct proper
+    optima there are.
     """
 
     best: Gaussians
     elbo: float
+    variance: float
     modes: Gaussians
     optima: int
-    candidates: dict[str, float]
 
 
 def locate(target: Target, starts: Tensor) -> Located:
@@ -51,23 +51,23 @@ def locate(target: Target, starts: Tensor) -> Located:
     refined = _refine(target, best)
     final = join([best, refined])
     epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
-    final_elbo = final.elbo(target, epsilon)
-    winner = int(final_elbo.nan_to_num(-torch.inf).argmax())
-    candidates = {name: float(v) for name, v in zip(found.origin, elbo, strict=True)}
-    candidates |= {name: float(v) for name, v in zip(final.origin, final_elbo, strict=True)}
-    return Located(
-        final.pick([winner]), float(final_elbo[winner]), _modes(optima, paths, refined), len(optima), candidates
-    )
+    log_w = final.log_weights(target, epsilon)
+    winner = int(log_w.mean(0).argmax())
+    best_w = log_w[:, winner]
+    modes = _modes(optima, paths, refined)
+    return Located(final.pick([winner]), float(best_w.mean()), float(best_w.var()), modes, len(optima))
 
 
 def _refine(target: Target, start: Gaussians) -> Gaussians:
     """Gaussian VI: a short one from each start, then a longer one from the best of these."""
     short = gaussian_vi(target, start, iterations=20)
     epsilon = torch.randn(512, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
-    best = int(short.elbo(target, epsilon).nan_to_num(-torch.inf).argmax())
+    best = int(short.elbo(target, epsilon).argmax())
     long = gaussian_vi(target, short.pick([best]), iterations=60)
     refined = [long, short.pick([i for i in range(len(short)) if i != best])]
-    return join([Gaussians(g.loc, g.scale_tril, tuple(f"Gaussian VI from {name}" for name in g.origin)) for g in refined])
+    return join(
+        [Gaussians(g.loc, g.scale_tril, tuple(f"Gaussian VI from {name}" for name in g.origin)) for g in refined]
+    )
 
 
 def _modes(optima: Gaussians, paths: Gaussians, refined: Gaussians) -> Gaussians:
@@ -104,17 +104,17 @@ def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = MOD
     if not len(found):
         return found
     epsilon = torch.randn(draws, loc.shape[1], dtype=loc.dtype, device=loc.device)
-    elbo = found.elbo(target, epsilon).nan_to_num(-torch.inf)
+    elbo = found.elbo(target, epsilon)
     best: dict[int, int] = {}
     for i in elbo.argsort(descending=True).tolist():
         best.setdefault(int(record.path[index[i]]), i)
     chosen = found.pick(list(best.values())[: 4 * keep])
     again = chosen.elbo(target, torch.randn(8 * draws, loc.shape[1], dtype=loc.dtype, device=loc.device))
-    return chosen.pick(again.nan_to_num(-torch.inf).argsort(descending=True)[:keep].tolist())
+    return chosen.pick(again.argsort(descending=True)[:keep].tolist())
 
 
 def laplace(target: Target, ends: Iterates) -> Gaussians:
-    """Laplace approximations at the distinct ends: a few damped Newton steps, then N(x, (−∇² log p)⁻¹) where positive."""
+    """Laplace approximations at the distinct ends: damped Newton steps, then N(x, (−∇² log p)⁻¹) where positive."""
     rows, index = from_covariance(ends.x, ends.inverse_hessian, "")
     order = distinct(rows, ends.value[index], limit=MODES)
     if not order:
@@ -127,7 +127,7 @@ def laplace(target: Target, ends: Iterates) -> Gaussians:
 def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:
     """Indices by falling score, without those whose centre is close to a better one in that one's metric."""
     kept: list[int] = []
-    for i in score.nan_to_num(-torch.inf).argsort(descending=True).tolist():
+    for i in score.argsort(descending=True).tolist():
         if len(kept) == limit or score[i] == -torch.inf:
             break
         far = True

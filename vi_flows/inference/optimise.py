@@ -43,7 +43,7 @@ def hessians(target: Target, x: Tensor) -> Tensor:
 
 @dataclass
 class Iterates:
-    """Points x (N, dim) on ascent paths with log p (N,), gradient (N, dim), inverse Hessian of −log p and start index."""
+    """Points x (N, dim) on ascent paths: log p (N,), its gradient, inverse Hessians of −log p, and the start's index."""
 
     x: Tensor
     value: Tensor
@@ -78,9 +78,7 @@ def bfgs_paths(
     value, grad = value_and_grad(target, starts)
     norm = torch.linalg.vector_norm(grad, dim=-1).clamp_min(1e-300)
     identity = torch.eye(starts.shape[1], dtype=starts.dtype, device=starts.device)
-    at = Iterates(
-        starts.clone(), value, grad, identity / norm.clamp_min(1.0)[:, None, None], torch.arange(len(starts))
-    )
+    at = Iterates(starts.clone(), value, grad, identity / norm.clamp_min(1.0)[:, None, None], torch.arange(len(starts)))
     active = (value > -torch.inf).nonzero()[:, 0]
     record, due = [], 1.0
     for k in range(1, iterations + 1):

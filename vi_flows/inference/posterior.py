@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,20 +137,27 @@ class Posterior:
         return DataFrame({name: column.cpu().numpy() for name, column in columns.items()}, index=names)
 
     def describe(self) -> str:
-        """The verdict in words, with its numbers: a few lines of text."""
+        """The verdict in words, with its numbers, a few lines of text."""
         low, high = self.khat_interval
-        share = self.ess / len(self.draws)
         lines = [
-            f"verdict: {self.verdict.status}. " + "; ".join(self.verdict.reasons) + ".",
-            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)} ({share:.0%})",
-            f"ELBO {self.elbo:.3f}, log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+            f"verdict: {self.verdict.status}",
+            *(f"  - {reason}" for reason in self.verdict.reasons),
+            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)}, ELBO {self.elbo:.3f}",
+            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
         ]
-        return "\n".join([*lines, *([f"flow: {self.flow_description}"] if self.flow_description else []), *self.notes])
+        lines += [f"flow: {self.flow_description}"] if self.flow_description else []
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def evidence_name(self) -> str:
+        """What ∫p is: the evidence of a model, the normaliser of a density."""
+        return "log evidence" if self.settings.get("model") else "log normaliser"
 
     def __repr__(self) -> str:
         return (
-            f"Posterior({self.verdict.status}, dim {self.dim}, k̂ {self.khat:.2f}, ESS {self.ess:.0f}/{len(self.draws)}, "
-            f"log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f})"
+            f"Posterior({self.verdict.status}, dim {self.dim}, k̂ {self.khat:.2f}, "
+            f"ESS {self.ess:.0f}/{len(self.draws)}, "
+            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f})"
         )
 
     def save(self, path: str | Path) -> Path:
@@ -164,8 +170,3 @@ class Posterior:
 def is_model(target: Target) -> bool:
     """Whether a target's points have names of their own (a Pyro model), so that draws come as a dict."""
     return getattr(target, "names", None) is not None
-
-
-def gap(posterior: Posterior) -> float:
-    """log Ẑ − ELBO, an estimate of KL(q‖p)."""
-    return posterior.log_evidence - posterior.elbo if math.isfinite(posterior.elbo) else math.inf

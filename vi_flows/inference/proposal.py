@@ -59,14 +59,16 @@ class DefensiveProposal:
         """log m from x, z = f⁻¹(x) and log|det dz/dx|."""
         with torch.no_grad():
             log_q, log_heavy = self.flow.base.log_prob(z) + logdet, self.heavy.log_prob(z) + logdet
-        offset = (x[:, None] - self.modes.loc).unsqueeze(-1)
-        tril = MODE_SCALE**0.5 * self.modes.scale_tril
-        standard = torch.linalg.solve_triangular(tril, offset, upper=False).squeeze(-1)
-        each = self.t5.log_prob(standard) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_modes = each.logsumexp(-1) - math.log(len(self.modes))
+        log_modes = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))]).logsumexp(0)
+        log_modes = log_modes - math.log(len(self.modes))
         # an inverse that did not converge far out says that the flow has no mass there
         parts = [torch.nan_to_num(p, nan=-torch.inf) for p in (log_q, log_heavy, log_modes)]
         return torch.stack([p + math.log(s) for p, s in zip(parts, SHARES, strict=True)]).logsumexp(0)
+
+    def _log_t5(self, x: Tensor, k: int) -> Tensor:
+        tril = MODE_SCALE**0.5 * self.modes.scale_tril[k]
+        standard = torch.linalg.solve_triangular(tril, (x - self.modes.loc[k]).mT, upper=False).mT
+        return self.t5.log_prob(standard) - tril.diagonal().log().sum()
 
 
 def _column(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,19 @@ import math
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+EVEN = 0.1  # spread of log w within which weights have no tail to speak of
 
 
 def smooth(log_w: Tensor) -> tuple[Tensor, float]:
     """log_w (S,) -> Pareto-smoothed, normalised log-weights (S,) and k̂.
 
-    Weights that are constant to rounding have no tail: they come back equal, with k̂ = 0. Draws of weight 0 (log_w =
-    −inf) stay so and take no part in the fit. k̂ is +inf if fewer than five weights are left.
+    Where no weight is 10 % above another the fitted shape is that of rounding and of training noise: they come back as
+    they are, with k̂ = 0. Draws of weight 0 (log_w = −inf) stay so and take no part in the fit. k̂ is +inf if fewer than
+    five weights are left.
     """
     alive = log_w > -math.inf
     count = int(alive.sum())
@@ -23,10 +27,10 @@ def smooth(log_w: Tensor) -> tuple[Tensor, float]:
         out[alive] = -math.log(max(count, 1))
         return out, math.inf
     kept = log_w[alive]
-    if float(kept.max() - kept.min()) < 1e-9 * (1 + abs(float(kept.mean()))):
-        out[alive] = -math.log(count)
-        return out, 0.0
-    smoothed, khat = _psislw()(kept.detach().cpu().numpy())
+    if float(kept.max() - kept.min()) < EVEN:
+        return log_w - log_w.logsumexp(0), 0.0
+    with np.errstate(over="ignore"):  # in its search over shapes
+        smoothed, khat = _psislw()(kept.detach().cpu().numpy())
     out[alive] = torch.as_tensor(smoothed).to(log_w)
     return out, float(khat)
 

@@ -42,7 +42,8 @@ def estimate(theta: Tensor, log_w: Tensor) -> Estimates:
     Standard errors by the delta method for self-normalised importance sampling: se² = Σ w̄² (h − E h)²; that of the
     sd is on the log scale, that of a quantile is of the probability below it.
     """
-    w = (log_w - log_w.logsumexp(0)).exp()
+    alive = carrying(log_w)  # draws of no weight may lie where a transform has overflowed
+    w, theta = (log_w - log_w.logsumexp(0)).exp()[alive], theta[alive]
     mean = w @ theta
     offset = theta - mean
     variance = w @ offset.square()
@@ -58,6 +59,11 @@ def estimate(theta: Tensor, log_w: Tensor) -> Estimates:
         quantiles.append(point)
         errors.append((w.square() @ (below - w @ below).square()).sqrt())
     return Estimates(mean, variance.sqrt(), torch.stack(quantiles), mean_se, log_sd_se, torch.stack(errors))
+
+
+def carrying(log_w: Tensor) -> Tensor:
+    """Indices of the draws whose normalised weight is above 0 in floating point."""
+    return ((log_w - log_w.logsumexp(0)).exp() > 0).nonzero()[:, 0]
 
 
 def vary(theta: Tensor) -> Tensor:

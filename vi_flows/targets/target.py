@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .pyro_model import PyroModel
 
@@ -61,16 +63,28 @@ class LogDensity:
         self.nonfinite = nonfinite
         self.dtype = torch.float64
         self.device: torch.device | None = None
+        self.failed_rows = 0  # rows at which fn raised torch.linalg.LinAlgError
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p of each row of x (N, dim), as (N,) in x's dtype. Raises ValueError if fn's result has another form."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
-        inside = x.to(dtype=self.dtype, device=self.device, copy=True)  # a copy: fn may change its input in place
-        value = self.fn(inside)
-        check_form(value, x.shape[0], inside.device, self.argument)
-        value = value.to(dtype=x.dtype, device=x.device)
+        with _without_validation():  # points far out may overflow a distribution's parameters
+            value = self._evaluate(x.to(dtype=self.dtype, device=self.device)).to(dtype=x.dtype, device=x.device)
         return value if self.sign > 0 else -value
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """fn of the rows of x; where a matrix routine fails, by halves down to the row at fault, which has density 0."""
+        try:
+            value = self.fn(x.clone())  # a copy: fn may change its input in place
+        except torch.linalg.LinAlgError:
+            if len(x) == 1:
+                self.failed_rows += 1
+                return (0 * x.sum(-1)).masked_fill(torch.ones(1, dtype=torch.bool, device=x.device), -self.sign * torch.inf)
+            half = len(x) // 2
+            return torch.cat([self._evaluate(x[:half]), self._evaluate(x[half:])])
+        check_form(value, x.shape[0], x.device, self.argument)
+        return value
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         """The points under one name: {"x": x}."""
@@ -89,6 +103,16 @@ class Energy(LogDensity):
 
     argument = "energy"
     sign = -1
+
+
+@contextlib.contextmanager
+def _without_validation() -> Iterator[None]:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def check_form(value: Any, count: int, device: torch.device, name: str) -> None:

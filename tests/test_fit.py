@@ -1,0 +1,335 @@
+"""fit end to end: closed forms, the verdict where it must refuse, options, errors, files."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import vi_flows as vf
+from vi_flows.inference import training
+from vi_flows.inference.training import train
+from vi_flows.inference.weights import log_weights, mean_elbo
+
+Normal = torch.distributions.Normal
+QUICK = {"progress": False, "steps": 150, "particles": 128, "num_draws": 2000}
+
+
+def mixture(distance: float, share: float = 0.5, dim: int = 2) -> vf.LogDensity:
+    def log_prob(x):
+        left = Normal(-distance, 1.0).log_prob(x).sum(-1) + math.log(1 - share)
+        return torch.logaddexp(left, Normal(distance, 1.0).log_prob(x).sum(-1) + math.log(share))
+
+    return vf.LogDensity(log_prob, dim=dim)
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    mean = torch.tensor([1.0, -2.0, 30.0]).double()
+    covariance = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 25.0]]).double()
+    law = torch.distributions.MultivariateNormal(mean, covariance)
+    target = vf.LogDensity(lambda x: law.log_prob(x) + 7.0, dim=3)
+    return mean, covariance, target, vf.fit(target, progress=False)
+
+
+def test_gaussian_density(gaussian):
+    mean, covariance, _, post = gaussian
+    assert post.verdict.status == "reliable"
+    assert abs(post.log_evidence - 7.0) < 3 * post.log_evidence_se + 1e-4
+    assert post.elbo <= 7.0 + 1e-3 and post.elbo > 6.999
+    x = post.sample(20_000, seed=1)
+    sd = covariance.diagonal().sqrt()
+    assert (((x.mean(0) - mean) / sd).abs() < 0.03).all()
+    assert torch.allclose(torch.cov(x.mT), covariance, rtol=0.05, atol=0.1)
+
+
+def test_draws_and_weights_are_aligned(gaussian):
+    _, _, target, post = gaussian
+    assert torch.allclose(target.log_prob(post.draws) - post.log_prob(post.draws), post.log_weights, atol=1e-9)
+    assert 1 <= post.ess <= len(post.draws) == 10_000
+    assert post.khat_interval[0] <= post.khat <= post.khat_interval[1]
+
+
+def test_summary_is_a_table_with_errors(gaussian):
+    mean, covariance, _, post = gaussian
+    table = post.summary()
+    assert list(table.index) == ["x[0]", "x[1]", "x[2]"]
+    for i in range(3):
+        row = table.iloc[i]
+        assert abs(row["mean"] - float(mean[i])) < 5 * row["mcse"]
+        assert row["sd"] == pytest.approx(float(covariance[i, i]) ** 0.5, rel=0.03)
+        assert row["5%"] < row["50%"] < row["95%"]
+    assert "reliable" in post.describe() and "k̂" in post.describe()
+
+
+def test_save_and_load(gaussian, tmp_path):
+    _, _, target, post = gaussian
+    path = post.save(tmp_path / "deep" / "posterior.safetensors")
+    again = vf.load(path, target=target)
+    assert torch.equal(again.draws, post.draws) and torch.equal(again.log_weights, post.log_weights)
+    assert torch.allclose(again.log_prob(post.draws[:50]), post.log_prob(post.draws[:50]), rtol=0, atol=1e-12)
+    assert torch.equal(again.sample(100, seed=3), post.sample(100, seed=3))
+    assert again.verdict == post.verdict and again.khat_interval == post.khat_interval
+    alone = vf.load(path)
+    assert alone.sample(100).shape == (100, 3)
+    assert alone.summary().shape == (3, 6)
+    with pytest.raises(ValueError, match="n: expected at most the 10000 stored draws"):
+        alone.sample(20_000)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_load_refuses_what_is_not_a_posterior(gaussian, tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"not a file of tensors")
+    with pytest.raises(ValueError, match=r"path: .*not a readable safetensors file"):
+        vf.load(path)
+    saved = gaussian[3].save(tmp_path / "good.safetensors")
+    saved.write_bytes(saved.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="path:"):
+        vf.load(saved)
+    with pytest.raises(FileNotFoundError):
+        vf.load(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match="target: expected dim 3, got 2"):
+        vf.load(gaussian[3].save(tmp_path / "good.safetensors"), target=mixture(6.0))
+    with pytest.raises(ValueError, match="path: expected a file name, got the folder"):
+        gaussian[3].save(tmp_path)
+
+
+def test_conjugate_normal_model():
+    """μ ~ N(0, 2²), y_i ~ N(μ, 1): posterior and evidence in closed form."""
+    y = torch.tensor([1.2, 0.3, 2.1, 1.7, 0.9])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    precision = 1 / 4 + len(y)
+    mean, sd = float(y.sum()) / precision, precision**-0.5
+    covariance = 4 * torch.ones(5, 5).double() + torch.eye(5).double()
+    evidence = float(torch.distributions.MultivariateNormal(torch.zeros(5).double(), covariance).log_prob(y.double()))
+    post = vf.fit(model, y, progress=False)
+    assert post.verdict.status == "reliable"
+    assert abs(post.log_evidence - evidence) < 3 * post.log_evidence_se + 1e-4
+    mu = post.sample(20_000, seed=0)["mu"]
+    assert mu.shape == (20_000,)
+    assert float(mu.mean()) == pytest.approx(mean, abs=0.03 * sd)
+    assert float(mu.std()) == pytest.approx(sd, rel=0.03)
+
+
+def test_beta_binomial_model_with_deterministic_site():
+    """p ~ Beta(2, 3), k ~ Binomial(20, p), k = 7: p | k ~ Beta(9, 16)."""
+
+    def model():
+        p = pyro.sample("p", dist.Beta(2.0, 3.0))
+        pyro.deterministic("odds", p / (1 - p))
+        pyro.sample("k", dist.Binomial(20, p), obs=torch.tensor(7.0))
+
+    post = vf.fit(vf.PyroModel(model), progress=False)
+    beta = lambda a, b: math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)  # noqa: E731
+    evidence = math.log(math.comb(20, 7)) + beta(9, 16) - beta(2, 3)
+    assert post.verdict.status == "reliable"
+    assert abs(post.log_evidence - evidence) < 3 * post.log_evidence_se + 1e-4
+    draws = post.sample(20_000, seed=0)
+    exact = torch.distributions.Beta(9.0, 16.0)
+    assert set(draws) == {"p", "odds"}
+    assert float(draws["p"].mean()) == pytest.approx(9 / 25, abs=0.003)
+    assert float(draws["p"].std()) == pytest.approx(float(exact.variance) ** 0.5, rel=0.03)
+    assert torch.allclose(draws["odds"], draws["p"] / (1 - draws["p"]))
+    assert float(draws["odds"].mean()) == pytest.approx(9 / 15, abs=0.01)
+
+
+def test_energy_is_minus_log_density():
+    """A double-well in one coordinate: moments and log Z by quadrature."""
+    grid = torch.linspace(-4, 4, 20_001).double()
+    density = (-(grid**4) + 1.5 * grid**2 + 0.3 * grid).exp()
+    log_z = math.log(float(torch.trapezoid(density, grid)))
+    mean = float(torch.trapezoid(grid * density, grid)) / math.exp(log_z)
+    post = vf.fit(vf.Energy(lambda x: (x**4 - 1.5 * x**2 - 0.3 * x).sum(-1), dim=1), progress=False)
+    assert post.verdict.status in ("reliable", "corrected")
+    assert abs(post.log_evidence - log_z) < 4 * post.log_evidence_se + 1e-3
+    assert float(post.sample(20_000, seed=0).mean()) == pytest.approx(mean, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_missed_mode_is_never_called_reliable(share):
+    """Two Gaussians at ±6: q sits on one; its own weights are perfect, the defensive proposal tells."""
+    post = vf.fit(mixture(6.0, share), **QUICK)
+    seen = post.sample(4000, seed=0)
+    right = abs(float((seen[:, 0] > 0).double().mean()) - share) < 0.05
+    assert post.verdict.status == "unreliable" or right
+    assert post.verdict.status != "reliable" or post.elbo > -0.05
+    assert abs(post.log_evidence) < 4 * post.log_evidence_se + 0.02
+
+
+@pytest.mark.parametrize("recipe", vf.recipes.__all__)
+def test_every_recipe_fits_and_never_beats_log_z(recipe):
+    """A normalised curved density: ELBO ≤ log Z + 3 se, and not below the Gaussian that it started from."""
+
+    def log_prob(x):
+        return Normal(0.0, 1.0).log_prob(x[:, 0]) + Normal(0.5 * x[:, 0] ** 2, 0.7).log_prob(x[:, 1])
+
+    post = vf.fit(vf.LogDensity(log_prob, dim=2), flow=recipe, **QUICK)
+    assert post.elbo <= 3 * float(post.log_weights.std()) / len(post.draws) ** 0.5
+    assert post.elbo > -0.35
+    assert abs(post.log_evidence) < 4 * post.log_evidence_se + 0.01
+    assert recipe in post.flow_description
+
+
+def test_same_seed_same_result_and_global_rng_untouched():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    runs = [vf.fit(mixture(1.0), seed=3, **QUICK) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(runs[0].draws, runs[1].draws) and runs[0].log_evidence == runs[1].log_evidence
+    other = vf.fit(mixture(1.0), seed=4, **QUICK)
+    assert not torch.equal(runs[0].draws, other.draws)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_flow_forms():
+    target = mixture(1.0)
+    given = vf.recipes.planar(2, layers=3)
+    before = {k: v.clone() for k, v in given.state_dict().items()}
+    assert vf.fit(target, flow=given, **QUICK).flow_description.startswith("the flow given")
+    assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items())  # copied
+    assert vf.fit(target, flow=lambda dim: vf.recipes.realnvp(dim, layers=2), **QUICK).dim == 2
+    with pytest.raises(ValueError, match="flow: expected \"auto\" or one of .*, got 'plannar'"):
+        vf.fit(target, flow="plannar", **QUICK)
+    with pytest.raises(TypeError, match="flow: expected a recipe's name"):
+        vf.fit(target, flow=3, **QUICK)
+    with pytest.raises(ValueError, match="flow: expected dim 2 and no context, got dim 3"):
+        vf.fit(target, flow=vf.recipes.planar(3), **QUICK)
+
+
+def test_warm_start_from_a_posterior_and_from_values():
+    post = vf.fit(mixture(1.0), **QUICK)
+    warm = vf.fit(mixture(1.0), init=post, **QUICK)
+    assert warm.elbo >= post.elbo - 0.02 and warm.flow_description == post.flow_description
+    # a narrow far mode that no start would find, but for the value given
+    target = vf.LogDensity(
+        lambda x: Normal(5000.0, 0.01).log_prob(x.clamp(4990, 5010)).sum(-1) - x.abs().sum(-1), dim=1
+    )
+    near = vf.fit(target, init=torch.tensor([5000.2]), **QUICK)
+    assert float(near.sample(500, seed=0).mean()) == pytest.approx(5000, abs=0.05)
+
+    def model():
+        pyro.sample("s", dist.HalfNormal(2.0))
+
+    assert vf.fit(model, init={"s": torch.tensor(1.5)}, **QUICK).verdict.status in ("reliable", "unreliable")
+    with pytest.raises(ValueError, match="init: expected finite values of shape"):
+        vf.fit(mixture(1.0), init=torch.zeros(3), **QUICK)
+    with pytest.raises(ValueError, match="init: named values need a Pyro model"):
+        vf.fit(mixture(1.0), init={"x": torch.zeros(2)}, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stepz": 3}, TypeError, "unknown option 'stepz'"),
+        ({"steps": -1}, ValueError, "steps: expected an integer"),
+        ({"steps": 2.5}, ValueError, "steps: expected an integer"),
+        ({"particles": 1}, ValueError, "particles: expected an integer of at least 2"),
+        ({"lr": 0.0}, ValueError, "lr: expected a positive number"),
+        ({"max_seconds": -1}, ValueError, "max_seconds: expected a positive number"),
+        ({"num_draws": 5}, ValueError, "num_draws: expected an integer of at least 100"),
+        ({"dtype": torch.int64}, ValueError, "dtype: expected"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        vf.fit(mixture(1.0), progress=False, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda x: -x.square(), "got \\(32, 2\\)"),
+        (lambda x: -x.square().sum(-1, keepdim=True), "squeeze"),
+        (lambda x: -x.square().sum(), "got \\(\\)"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: -x.detach().square().sum(-1), "grad"),
+        (lambda x: -x.square().sum(-1) + torch.rand(len(x)), "same value for the same x"),
+        (lambda x: torch.where(x[:, 0] > 0, -x.square().sum(-1), torch.nan), "nan"),
+        (lambda x: torch.where(x.abs().amax(-1) < 1, -x.square().sum(-1), -torch.inf), "inf"),
+    ],
+)
+def test_malformed_targets_are_refused_before_locating(fn, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        vf.fit(vf.LogDensity(fn, dim=2), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_time_limit_and_no_steps():
+    post = vf.fit(mixture(1.0), progress=False, max_seconds=0.5, num_draws=2000, steps=100_000)
+    assert "time limit" in " ".join(post.notes) and len(post.trace) < 5000
+    assert vf.fit(mixture(1.0), progress=False, steps=0, num_draws=2000).trace == []
+
+
+def test_interrupt_returns_the_best_so_far():
+    timer = threading.Timer(3.0, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    result = train(vf.recipes.spline(2).double(), mixture(1.0), steps=100_000)
+    timer.join()
+    assert "interrupted at step" in result.reason and 0 < len(result.elbo) < 100_000
+
+
+def test_training_rolls_back_and_gives_up_after_three(monkeypatch):
+    calls = [0]
+
+    def log_prob(x):
+        calls[0] += 1
+        return -0.5 * x.square().sum(-1) * (math.nan if calls[0] in (70, 90) else 1.0)
+
+    result = train(vf.recipes.gaussian(2).double(), vf.LogDensity(log_prob, dim=2), steps=120, lr=1e-3)
+    assert result.rolled_back == 2 and math.isfinite(result.elbo[-1])
+    broken = vf.LogDensity(lambda x: x.sum(-1) * math.nan, dim=2)
+    with pytest.raises(training.DivergedError, match="for the fourth time"):
+        train(vf.recipes.gaussian(2).double(), broken, steps=120)
+
+
+def test_draws_outside_the_support_raise_with_advice_when_they_are_many():
+    target = vf.LogDensity(lambda x: torch.where(x[:, 0] > 1, -x.square().sum(-1), -torch.inf), dim=2)
+    with pytest.raises(ValueError, match="put the constraint into the target"):
+        train(vf.recipes.gaussian(2).double(), target, steps=200, lr=1e-4)
+
+
+def test_training_improves_and_stops_when_weights_are_constant():
+    law = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
+    )
+    target = vf.LogDensity(law.log_prob, dim=2)
+    torch.manual_seed(0)
+    result = train(vf.recipes.gaussian(2).double(), target, path=True, steps=2000)
+    assert "all but constant" in result.reason and len(result.elbo) < 1000
+    with torch.no_grad():
+        assert mean_elbo(log_weights(result.flow, target, 2000).log_w) > -1e-3
+
+
+def test_result_survives_json(gaussian):
+    assert json.loads(json.dumps(gaussian[3].settings))["seed"] == 0
+
+
+def test_a_float32_only_target_is_fitted_and_said():
+    weight = torch.eye(2)
+    post = vf.fit(vf.LogDensity(lambda x: -(x @ weight).square().sum(-1), dim=2), **QUICK)
+    assert any("float32" in note for note in post.notes)
+    assert post.log_evidence == pytest.approx(math.log(math.pi), abs=0.02)
+
+
+def test_a_matrix_routine_that_fails_far_out_costs_only_its_rows():
+    def log_prob(x):
+        identity = torch.eye(2, dtype=x.dtype)
+        tril = torch.linalg.cholesky(identity * (9 - x[:, :1, None]))  # not positive definite from x₀ = 9 on
+        return Normal(0.0, 1.0).log_prob(x).sum(-1) + 0 * tril.sum((-1, -2))
+
+    post = vf.fit(vf.LogDensity(log_prob, dim=2), **QUICK)
+    assert post.log_evidence == pytest.approx(0.0, abs=0.01)
+    assert any("failed at" in note for note in post.notes)

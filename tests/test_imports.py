@@ -1,0 +1,79 @@
+"""Imports go one way, and importing the package changes nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vi_flows
+
+PACKAGE = Path(vi_flows.__file__).parent
+# what each part may import of the others at module level (DESIGN section 2)
+MAY_IMPORT = {
+    "flows": set(),
+    "targets": set(),
+    "inference": {"flows", "targets"},
+    "guides": {"flows", "targets", "inference"},
+    "vae": {"flows", "targets", "inference"},
+    "report": {"flows", "targets", "inference", "guides", "vae"},
+    "testing": {"flows", "targets", "inference", "guides", "vae", "report"},
+}
+
+
+def modules():
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Full names imported at module level, relative ones resolved; not those inside functions or TYPE_CHECKING."""
+    package = ["vi_flows", *Path(path).parent.parts]
+    names, todo = set(), list(ast.parse((PACKAGE / path).read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            todo += [child for child in ast.walk(node) if isinstance(child, (ast.Import, ast.ImportFrom))]
+    return names
+
+
+@pytest.mark.parametrize("path", modules())
+def test_direction(path):
+    part = Path(path).parts[0]
+    if part not in MAY_IMPORT:
+        return  # the top: __init__.py, cli.py
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("vi_flows.")}
+    assert ours <= MAY_IMPORT[part] | {part}
+
+
+@pytest.mark.parametrize("path", modules())
+def test_heavy_imports_stay_where_they_belong(path):
+    names = {name.split(".")[0] for name in imported(path)}
+    if not path.startswith("report/"):
+        assert not names & {"arviz", "matplotlib", "arviz_stats"}
+    if path.startswith("flows/") and path != "flows/distribution.py":
+        assert "pyro" not in names
+
+
+def test_import_has_no_side_effects():
+    code = """
+import sys, warnings
+import pyro, torch
+before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.initial_seed(),
+          torch.distributions.Distribution._validate_args, pyro.settings.get(), list(warnings.filters))
+import vi_flows
+after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.initial_seed(),
+         torch.distributions.Distribution._validate_args, pyro.settings.get(), list(warnings.filters))
+assert before == after, (before, after)
+assert not {"arviz", "matplotlib", "pandas", "xarray"} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,101 @@
+"""Locating: optima, curvature and Gaussian VI on targets with known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import vi_flows as vf
+from vi_flows.inference.gaussian import Gaussians, gaussian_vi
+from vi_flows.inference.initialise import locate, start_points
+from vi_flows.inference.optimise import bfgs_paths, hessians, newton
+
+Normal = torch.distributions.Normal
+
+
+def correlated(dim: int, seed: int = 0) -> tuple[vf.LogDensity, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    factor = torch.randn(dim, dim).double() + 2 * torch.eye(dim).double()
+    mean = 10 * torch.randn(dim).double()
+    covariance = factor @ factor.mT
+    law = torch.distributions.MultivariateNormal(mean, covariance)
+    return vf.LogDensity(law.log_prob, dim=dim), mean, covariance
+
+
+def test_hessians_are_exact():
+    target, _, covariance = correlated(4)
+    x = torch.randn(3, 4).double()
+    assert torch.allclose(hessians(target, x), -torch.linalg.inv(covariance).expand(3, 4, 4), rtol=1e-9, atol=1e-10)
+
+
+def test_bfgs_and_newton_reach_the_optimum():
+    rosenbrock = vf.LogDensity(lambda x: -((1 - x[:, 0]) ** 2) - 100 * (x[:, 1] - x[:, 0] ** 2) ** 2, dim=2)
+    torch.manual_seed(0)
+    ends, record = bfgs_paths(rosenbrock, 4 * torch.rand(16, 2).double() - 2)
+    assert len(record.x) > 16
+    x, value, _ = newton(rosenbrock, ends.x[ends.value.argsort(descending=True)[:4]])
+    assert torch.allclose(x, torch.ones_like(x), atol=2e-3)
+    assert float(value.min()) > -2e-6
+
+
+@pytest.mark.parametrize("dim", [1, 3, 10, 40])
+def test_gaussians_are_found_exactly(dim):
+    target, _, covariance = correlated(dim)
+    torch.manual_seed(1)
+    located = locate(target, start_points(target))
+    assert located.elbo == pytest.approx(0.0, abs=1e-3)
+    found = located.best.scale_tril[0] @ located.best.scale_tril[0].mT
+    assert torch.allclose(found, covariance, rtol=0.02, atol=0.02 * float(covariance.diagonal().max()))
+    assert located.optima == 1
+
+
+def test_bad_scaling():
+    """Scales of 1e6 and 1e-3 side by side, far from the starts."""
+    scale = torch.tensor([1e6, 1e-3, 1.0]).double()
+    mean = torch.tensor([3e6, 5.0, -3.0]).double()
+    target = vf.LogDensity(lambda x: Normal(mean, scale).log_prob(x).sum(-1), dim=3)
+    torch.manual_seed(0)
+    located = locate(target, start_points(target))
+    assert located.elbo == pytest.approx(0.0, abs=1e-3)
+
+
+def test_two_modes_are_seen_and_the_heavier_wins():
+    def log_prob(x):
+        far = Normal(8.0, 1.0).log_prob(x).sum(-1) + math.log(0.1)
+        return torch.logaddexp(far, Normal(-8.0, 1.0).log_prob(x).sum(-1) + math.log(0.9))
+
+    target = vf.LogDensity(log_prob, dim=2)
+    torch.manual_seed(0)
+    located = locate(target, start_points(target))
+    assert located.optima == 2
+    assert located.elbo == pytest.approx(math.log(0.9), abs=0.01)
+    assert located.best.loc[0].tolist() == pytest.approx([-8, -8], abs=0.2)
+
+
+def test_gaussian_vi_reaches_the_best_gaussian():
+    """For x₂ | x₁ ~ N(0, e^{x₁}), x₁ ~ N(0, 1) the best diagonal Gaussian is known by a search over two numbers."""
+    target = vf.LogDensity(
+        lambda x: Normal(0.0, 1.0).log_prob(x[:, 0]) + Normal(0.0, (x[:, 0] / 2).exp()).log_prob(x[:, 1]), dim=2
+    )
+
+    # q = N((m, 0), diag(s², t²)): ELBO = −½(m² + s²) − ½m − ½t² e^{−m + s²/2} + log st + 1, best at t² = e^{m − s²/2}
+    def bound(m, s):
+        return -0.5 * (m * m + s * s) - 0.5 * m + math.log(s) + 0.5 * (m - s * s / 2) + 0.5
+
+    best = max(bound(m / 200, s / 200) for m in range(-200, 200) for s in range(1, 400))
+    torch.manual_seed(0)
+    start = Gaussians(torch.zeros(1, 2).double() + 1, 0.3 * torch.eye(2).double()[None], ("a start",))
+    found = gaussian_vi(target, start, iterations=100)
+    elbo = float(found.elbo(target, torch.randn(50_000, 2).double()))
+    assert elbo == pytest.approx(best, abs=0.02)
+
+
+def test_starts_hold_the_given_points_and_prior_draws():
+    target = vf.LogDensity(lambda x: -x.square().sum(-1), dim=2)
+    extra = torch.tensor([[5.0, 6.0]]).double()
+    points = start_points(target, extra)
+    assert points.dtype == torch.float64 and len(points) == 64
+    assert torch.equal(points[0], extra[0])
+    assert float(points.abs().max()) > 20
