@@ -150,7 +150,7 @@ def _rebuild(recipe: str | None, dim: int, state: dict[str, Tensor], flow: Flow 
     if flow.dim != dim:
         raise ValueError(f"flow: expected dim {dim}, got {flow.dim}; pass one of the architecture that was fitted")
     whitening = Fixed(LowerTriangular, shift=torch.zeros(dim), scale_tril=torch.eye(dim))
-    flow = flow.double().then(whitening)
+    flow = flow.then(whitening).double()
     try:
         flow.load_state_dict(state)
     except RuntimeError:

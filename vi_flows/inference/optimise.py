@@ -43,7 +43,7 @@ def hessians(target: Target, x: Tensor) -> Tensor:
 
 @dataclass
 class Iterates:
-    """Points x (N, dim) on ascent paths: log p (N,), its gradient, inverse Hessians of −log p, and the start's index."""
+    """Points x (N, dim) on ascent paths: log p (N,), its gradient, inverse Hessians of −log p, the start's index."""
 
     x: Tensor
     value: Tensor

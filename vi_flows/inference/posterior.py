@@ -142,8 +142,8 @@ class Posterior:
         lines = [
             f"verdict: {self.verdict.status}",
             *(f"  - {reason}" for reason in self.verdict.reasons),
-            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)}, ELBO {self.elbo:.3f}",
-            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)} draws of q",
+            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}, ELBO {self.elbo:.3f}",
         ]
         lines += [f"flow: {self.flow_description}"] if self.flow_description else []
         return "\n".join([*lines, *self.notes])
