@@ -20,7 +20,7 @@ from ..flows.parameters import Fixed
 from ..targets import Target, check_target, resolve_target, settle_dtype
 from .diagnose import Judgement, judge
 from .gaussian import Gaussians
-from .initialise import Located, locate, start_points
+from .initialise import locate, start_points
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .training import CLOSE, Training, train
@@ -118,63 +118,78 @@ def _prepare(target: Target, options: Options) -> Target:
     return target
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: a flow on its whitening, Gaussians at the modes seen, and how the flow came about."""
+
+    flow: Flow
+    modes: Gaussians | None
+    description: str
+    recipe: str | None
+
+
 def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
     clock = _Clock(options.max_seconds)
-    start, located, description, recipe = _start(target, choice, options, bar)
+    start = _start(target, choice, options, bar)
     clock.lap("locating")
     bar.stage("training", options.steps)
-    trained = (
-        train(
-            start,
-            target,
-            steps=options.steps,
-            particles=options.particles,
-            lr=options.lr,
-            path=True,
-            max_seconds=clock.left(TRAINING_SHARE),
-            report=bar.step,
-        )
-        if options.steps
-        else Training(start, reason="no steps were asked for")
-    )
-    best, notes = _never_worse(start, trained, target)
+    trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE), bar)
+    best, notes = _never_worse(start.flow, trained, target)
     clock.lap("training")
     bar.stage("judging")
-    modes = located.modes if located is not None else options.init.modes
-    judgement = judge(best.requires_grad_(False), target, modes, options.num_draws)
+    judgement = judge(best.requires_grad_(False), target, start.modes, options.num_draws)
     clock.lap("judging")
-    settings |= {"recipe": recipe, "model": is_model(target)}
-    settings |= {
-        k: str(v) if isinstance(v, (torch.dtype, torch.device)) else v for k, v in vars(options).items() if k != "init"
-    }
-    return _posterior(
-        judgement, best, target, modes, description, (*notes, *_notes(target, judgement)), trained, settings, clock
+    shared = ("verdict", "khat", "khat_interval", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
+    return Posterior(
+        **{name: getattr(judgement, name) for name in (*shared, "proposal")},
+        draws=judgement.draws.x,
+        log_weights=judgement.draws.log_w,
+        flow=best,
+        target=target,
+        modes=start.modes,
+        flow_description=start.description,
+        notes=(*notes, *_notes(target, judgement)),
+        trace=trained.elbo,
+        settings=settings | {"recipe": start.recipe, "model": is_model(target), **options.recorded()},
+        timing=clock.laps,
     )
 
 
-def _start(
-    target: Target, choice: FlowChoice, options: Options, bar: Progress
-) -> tuple[Flow, Located | None, str, str | None]:
-    """The flow that training starts from: the chosen one on top of the best Gaussian, or a warm start's."""
-    device = options.device
-    if isinstance(options.init, Posterior):
-        if options.init.flow is None or options.init.dim != target.dim:
-            raise ValueError(f"init: expected a Posterior with a flow of dim {target.dim}, got {options.init!r}")
-        warm = copy.deepcopy(options.init.flow).requires_grad_().to(device=device, dtype=torch.float64)
-        return warm, None, options.init.flow_description, options.init.settings.get("recipe")
-    check_choice(choice, target.dim)
+def _start(target: Target, choice: FlowChoice, options: Options, bar: Progress) -> Start:
+    """The chosen flow on top of the best Gaussian that locating finds, or a copy of a warm start's."""
+    init, place = options.init, {"device": options.device, "dtype": torch.float64}
+    if isinstance(init, Posterior):
+        if init.flow is None or init.dim != target.dim:
+            raise ValueError(f"init: expected a Posterior with a flow of dim {target.dim}, got {init!r}")
+        if choice != "auto":
+            raise ValueError(
+                'flow: expected "auto" with init= a Posterior, whose flow is trained on; drop one of the two'
+            )
+        warm = copy.deepcopy(init.flow).requires_grad_().to(**place)
+        return Start(warm, init.modes, init.flow_description, init.settings.get("recipe"))
+    if choice != "auto":
+        resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
     bar.stage("locating")
-    located = locate(target, start_points(target, _init_points(target, options.init), device=device))
+    located = locate(target, start_points(target, _init_points(target, init), device=options.device))
     flow, name, recipe = resolve_flow(choice, target.dim, nearly_gaussian=located.variance < CLOSE)
     whitening = Fixed(LowerTriangular, shift=located.best.loc[0], scale_tril=located.best.scale_tril[0])
-    start = flow.to(device=device, dtype=torch.float64).then(whitening)
-    return start, located, f"{name} on {located.best.origin[0]}", recipe
+    flow = flow.to(**place).then(whitening)
+    return Start(flow, located.modes, f"{name} on {located.best.origin[0]}", recipe)
 
 
-def check_choice(choice: FlowChoice, dim: int) -> None:
-    """Raise TypeError or ValueError, before any work is done, unless :func:`resolve_flow` can make a flow of it."""
-    if choice != "auto":
-        resolve_flow(choice, dim)
+def _train(flow: Flow, target: Target, options: Options, seconds: float | None, bar: Progress) -> Training:
+    if not options.steps:
+        return Training(flow, reason="no steps were asked for")
+    return train(
+        flow,
+        target,
+        steps=options.steps,
+        particles=options.particles,
+        lr=options.lr,
+        path=True,
+        max_seconds=seconds,
+        report=bar.step,
+    )
 
 
 def resolve_flow(choice: FlowChoice, dim: int, nearly_gaussian: bool = False) -> tuple[Flow, str, str | None]:
@@ -243,33 +258,6 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
     if judgement.skipped:
         notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
     return tuple(notes)
-
-
-def _posterior(
-    judgement: Judgement,
-    flow: Flow,
-    target: Target,
-    modes: Gaussians | None,
-    description: str,
-    notes: tuple[str, ...],
-    trained: Training,
-    settings: dict[str, Any],
-    clock: _Clock,
-) -> Posterior:
-    shared = ("verdict", "khat", "khat_interval", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
-    return Posterior(
-        **{name: getattr(judgement, name) for name in (*shared, "proposal")},
-        draws=judgement.draws.x,
-        log_weights=judgement.draws.log_w,
-        flow=flow,
-        target=target,
-        modes=modes,
-        flow_description=description,
-        notes=notes,
-        trace=trained.elbo,
-        settings=settings,
-        timing=clock.laps,
-    )
 
 
 class _Clock:
