@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
@@ -33,7 +32,7 @@ Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alon
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Write the posterior, summary, draws and result here.")
 ]
-Steps = Annotated[int, typer.Option("--steps", help="At most so many training steps.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="At most so many training steps.")]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to locate and train (judging is extra).")]
 NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
@@ -107,7 +106,7 @@ def fit(
     flow: FlowName = "auto",
     seed: Seed = 0,
     out: Out = None,
-    steps: Steps = 800,
+    steps: Steps = None,
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
@@ -116,10 +115,9 @@ def fit(
     no_progress: NoProgress = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model."""
-    torch.set_num_threads(threads)
-    options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
+    options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
     with loaded(model) as function:
-        _run(to_model(function, read_data(data)), options, out, draws, as_json, no_progress)
+        _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, draws, as_json, no_progress)
 
 
 @app.command()
@@ -130,7 +128,7 @@ def sample(
     flow: FlowName = "auto",
     seed: Seed = 0,
     out: Out = None,
-    steps: Steps = 800,
+    steps: Steps = None,
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
@@ -139,19 +137,17 @@ def sample(
     no_progress: NoProgress = False,
 ) -> None:
     """Sample an unnormalised density or energy."""
-    torch.set_num_threads(threads)
-    options = {"flow": flow, "seed": seed, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws}
+    options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
     with loaded(density) as function:
         target = (vf.Energy if energy else vf.LogDensity)(function, dim)
-        _run(target, options, out, draws, as_json, no_progress)
+        _run(target, {"seed": seed, **options}, out, draws, as_json, no_progress)
 
 
 @app.command()
 def demo(
-    out: Out = None, seed: Seed = 0, steps: Steps = 800, as_json: AsJson = False, no_progress: NoProgress = False
+    out: Out = None, seed: Seed = 0, steps: Steps = None, as_json: AsJson = False, no_progress: NoProgress = False
 ) -> None:
     """Fit eight schools, a small hierarchical model with real data."""
-    torch.set_num_threads(1)
     if not as_json:
         print(eight_schools.TITLE)
     target = vf.PyroModel(eight_schools.model, *eight_schools.data())
@@ -168,7 +164,8 @@ def _run(
         )
     if out is not None:
         prepare_folder(out)
-    posterior = vf.fit(target, progress=not no_progress, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    posterior = vf.fit(target, progress=not no_progress, **given)
     summary = posterior.summary()
     files = write(posterior, summary, out, draws or DRAWS) if out is not None else []
     if as_json:

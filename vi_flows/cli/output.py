@@ -69,7 +69,7 @@ def _numbers(posterior: vf.Posterior) -> Table:
     rows = {
         "k̂ of the flow": f"{posterior.khat:.2f} ({low:.2f} to {high:.2f}); below 0.7 is good",
         "ESS of the flow": f"{posterior.ess:.0f} of {count} draws ({posterior.ess / count:.0%})",
-        _evidence_name(posterior): f"{posterior.log_evidence:.3f} ± {posterior.log_evidence_se:.3f}",
+        posterior.evidence_name: f"{posterior.log_evidence:.3f} ± {posterior.log_evidence_se:.3f}",
         "ELBO": f"{posterior.elbo:.3f}",
         "flow": posterior.flow_description,
         "time": f"{total:.1f} s ({stages})",
@@ -78,10 +78,6 @@ def _numbers(posterior: vf.Posterior) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _evidence_name(posterior: vf.Posterior) -> str:
-    return "log evidence" if posterior.settings.get("model") else "log normaliser"
 
 
 def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Sweep:
 
     def __init__(self, layer: Autoregressive, context: Tensor | None):
         net, order = layer.conditioner, torch.as_tensor(layer.order)
-        self.bias = [net.first_bias(context), *net.biases[1:]]
+        # a slice of a ParameterList would wrap its items anew, and lose those that functional_call put in
+        self.bias = [net.first_bias(context), *list(net.biases)[1:]]
         self.weight = [net.weight(i) for i in range(len(net.biases))]
         self.weight[0] = self.weight[0][:, order]
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order

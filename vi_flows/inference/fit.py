@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,13 @@ class Options:
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None
     init: Posterior | Tensor | dict[str, Any] | None = None
+    threads: int | None = 1
 
     def __post_init__(self):
-        for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100)):
+        for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1)):
             value = getattr(self, name)
+            if name == "threads" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         for name in ("lr", "max_seconds"):
@@ -90,6 +94,8 @@ def fit(
     device: where flow and target work.
     init: a Posterior of the same dim (its flow is trained on), or values to start near: a dict of named values of a
         model, or a tensor (dim,) or (n, dim) of unconstrained points.
+    threads: of torch during the fit. 1 unless asked: on a few hundred rows a second thread costs more than it does.
+        None leaves torch's setting.
 
     Raises
     ------
@@ -100,9 +106,20 @@ def fit(
     if unknown:
         raise TypeError(f"fit: unknown option {unknown[0]!r}; expected flow, seed, progress, {', '.join(known)}")
     chosen = Options(**options)
-    with seeded(seed), Progress(progress) as bar:
+    with seeded(seed), threads(chosen.threads), Progress(progress) as bar:
         target = _prepare(resolve_target(target_or_model, *args), chosen)
         return _fit(target, flow, chosen, {"seed": seed}, bar)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run on so many torch threads, then restore what was set; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _prepare(target: Target, options: Options) -> Target:

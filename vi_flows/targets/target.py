@@ -80,7 +80,9 @@ class LogDensity:
         except torch.linalg.LinAlgError:
             if len(x) == 1:
                 self.failed_rows += 1
-                return (0 * x.sum(-1)).masked_fill(torch.ones(1, dtype=torch.bool, device=x.device), -self.sign * torch.inf)
+                return (0 * x.sum(-1)).masked_fill(
+                    torch.ones(1, dtype=torch.bool, device=x.device), -self.sign * torch.inf
+                )
             half = len(x) // 2
             return torch.cat([self._evaluate(x[:half]), self._evaluate(x[half:])])
         check_form(value, x.shape[0], x.device, self.argument)
