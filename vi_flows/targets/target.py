@@ -74,7 +74,7 @@ class LogDensity:
         return value if self.sign > 0 else -value
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        """fn of the rows of x; where a matrix routine fails, by halves down to the row at fault, which has density 0."""
+        """fn of the rows of x; where a matrix routine fails, by halves down to the row at fault: density 0."""
         try:
             value = self.fn(x.clone())  # a copy: fn may change its input in place
         except torch.linalg.LinAlgError:
