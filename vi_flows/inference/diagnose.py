@@ -69,21 +69,23 @@ def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws:
     Tails: the upper limits of k̂ of w = p/m, and of w·|θ| and w·θ² of the reported quantities (standardised), are
     below 0.7. Precision: standard errors of means, log sds and probabilities at the 5/50/95 % points. Mass outside q:
     |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. All three: reliable; the first two: corrected (by resampling from m).
+    k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
     """
-    repeats = [_weigh_flow(flow, target, num_draws) for _ in range(REPEATS)]
-    khats = [khat(w.log_w) for w, _ in repeats]
-    log_w_q = torch.cat([w.log_w for w, _ in repeats])
-    proposal, skipped = DefensiveProposal(flow, modes), sum(n for _, n in repeats)
-    pooled, missed = _weigh_proposal(proposal, target, FIRST)
+    proposal = DefensiveProposal(flow, modes)
+    pooled, own, skipped = _draw(proposal, target, FIRST)
     while True:
-        checks = _checks(target, pooled, log_w_q)
+        checks = _checks(target, pooled, own.log_w)
         if len(pooled.x) >= LAST or all(c.passed for c in checks if c.name != "mass outside q"):
             break
-        more, n = _weigh_proposal(proposal, target, len(pooled.x))
-        pooled, missed = _concatenate(pooled, more), missed + n
+        more, more_own, n = _draw(proposal, target, len(pooled.x))
+        pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
+    if len(own.x) < REPEATS * num_draws:
+        more, n = _draw_flow(flow, target, REPEATS * num_draws - len(own.x))
+        own, skipped = _concatenate(own, more), skipped + n
+    khats = [khat(log_w) for log_w in own.log_w[: REPEATS * num_draws].split(num_draws)]
     centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
     half = T_90 * spread / math.sqrt(REPEATS)
-    first = repeats[0][0]
+    first = Weights(own.x[:num_draws], own.log_q[:num_draws], own.log_p[:num_draws])
     return Judgement(
         verdict=_decide(checks),
         draws=first,
@@ -92,29 +94,27 @@ def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws:
         khat_interval=(centre - half, centre + half),
         khat_spread=spread,
         ess=effective_sample_size(first.log_w),
-        elbo=mean_elbo(log_w_q),
+        elbo=mean_elbo(own.log_w),
         log_evidence=log_mean(pooled.log_w),
         log_evidence_se=log_mean_se(pooled.log_w),
-        skipped=skipped + missed,
+        skipped=skipped,
     )
 
 
-def _weigh_flow(flow: Flow, target: Target, count: int) -> tuple[Weights, int]:
-    noise = flow.base.noise((count,))
+def _draw(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, Weights, int]:
+    """Weighted draws of m; those among them that q made, weighted against q; how many were skipped."""
+    x, log_m, log_q, n = proposal.draw(count)
+    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
+    return Weights(x, log_m, log_p), Weights(x[:n], log_q[:n], log_p[:n]), skipped
 
-    def draw(rows: Tensor) -> Tensor:
-        x, log_q = flow().from_noise(rows)
+
+def _draw_flow(flow: Flow, target: Target, count: int) -> tuple[Weights, int]:
+    def draw(noise: Tensor) -> Tensor:
+        x, log_q = flow().from_noise(noise)
         return torch.cat([x, log_q.unsqueeze(-1)], -1)
 
-    drawn = in_blocks(draw, noise)
-    return _score(target, drawn[:, :-1], drawn[:, -1])
-
-
-def _weigh_proposal(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, int]:
-    return _score(target, *proposal.draw(count))
-
-
-def _score(target: Target, x: Tensor, log_q: Tensor) -> tuple[Weights, int]:
+    drawn = in_blocks(draw, flow.base.noise((count,)))
+    x, log_q = drawn[:, :-1], drawn[:, -1]
     log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
     return Weights(x, log_q, log_p), skipped
 

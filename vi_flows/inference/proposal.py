@@ -36,8 +36,11 @@ class DefensiveProposal:
         covariance = torch.atleast_2d(torch.cov(x.mT))
         return from_covariance(x.mean(0)[None], covariance[None], "the moments of q")[0]
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Stratified draws x (count, dim), and log m at them; of q and q_t without any inverse."""
+    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Stratified draws x (count, dim), log m and log q at them, and how many of them, the first, are draws of q.
+
+        Draws of q and of q_t need no inverse.
+        """
         n_modes, n_heavy = (round(share * count) for share in (SHARES[2], SHARES[1]))
         n_flow = count - n_modes - n_heavy
         base = self.flow.base
@@ -48,22 +51,22 @@ class DefensiveProposal:
         inverse = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), moved)
         x = torch.cat([x, moved])
         z, logdet = torch.cat([z, inverse[:, :-1]]), torch.cat([-logdet, inverse[:, -1]])
-        return x, self._mix(x, z, logdet)
+        with torch.no_grad():
+            log_q, log_heavy = self.flow.base.log_prob(z) + logdet, self.heavy.log_prob(z) + logdet
+        # an inverse that did not converge far out says that the flow has no mass there
+        log_q, log_heavy = (torch.nan_to_num(part, nan=-torch.inf) for part in (log_q, log_heavy))
+        parts = zip((log_q, log_heavy, self._log_modes(x)), SHARES, strict=True)
+        return x, torch.stack([p + math.log(s) for p, s in parts]).logsumexp(0), log_q, n_flow
 
     def _mode_draws(self, count: int) -> Tensor:
         component = torch.arange(count, device=self.flow.device) % len(self.modes)
         tril = MODE_SCALE**0.5 * self.modes.scale_tril[component]
         return self.modes.loc[component] + (tril @ self.t5.noise((count,)).unsqueeze(-1)).squeeze(-1)
 
-    def _mix(self, x: Tensor, z: Tensor, logdet: Tensor) -> Tensor:
-        """log m from x, z = f⁻¹(x) and log|det dz/dx|."""
-        with torch.no_grad():
-            log_q, log_heavy = self.flow.base.log_prob(z) + logdet, self.heavy.log_prob(z) + logdet
-        log_modes = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))]).logsumexp(0)
-        log_modes = log_modes - math.log(len(self.modes))
-        # an inverse that did not converge far out says that the flow has no mass there
-        parts = [torch.nan_to_num(p, nan=-torch.inf) for p in (log_q, log_heavy, log_modes)]
-        return torch.stack([p + math.log(s) for p, s in zip(parts, SHARES, strict=True)]).logsumexp(0)
+    def _log_modes(self, x: Tensor) -> Tensor:
+        """log density of the equal mixture of t components."""
+        each = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))])
+        return each.logsumexp(0) - math.log(len(self.modes))
 
     def _log_t5(self, x: Tensor, k: int) -> Tensor:
         tril = MODE_SCALE**0.5 * self.modes.scale_tril[k]
