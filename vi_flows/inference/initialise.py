@@ -40,7 +40,7 @@ def locate(target: Target, starts: Tensor) -> Located:
     """
     ends, record = bfgs_paths(target, starts)
     paths = pathfinder(target, record)
-    optima = laplace(target, ends)
+    reached, optima = laplace(target, ends)
     dim = starts.shape[1]
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
     standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
@@ -54,7 +54,7 @@ def locate(target: Target, starts: Tensor) -> Located:
     log_w = final.log_weights(target, epsilon)
     winner = int(log_w.mean(0).argmax())
     best_w = log_w[:, winner]
-    modes = _modes(optima, paths, refined)
+    modes = _modes([optima, refined, reached, paths])
     return Located(final.pick([winner]), float(best_w.mean()), float(best_w.var()), modes, len(optima))
 
 
@@ -70,9 +70,9 @@ def _refine(target: Target, start: Gaussians) -> Gaussians:
     )
 
 
-def _modes(optima: Gaussians, paths: Gaussians, refined: Gaussians) -> Gaussians:
-    """Distinct Gaussians of all kinds, proper optima first."""
-    every = join([optima, refined, paths])
+def _modes(kinds: list[Gaussians]) -> Gaussians:
+    """Distinct Gaussians of all kinds, the first ones first."""
+    every = join(kinds)
     order = torch.arange(len(every), 0, -1, dtype=every.loc.dtype)
     return every.pick(distinct(every, order, limit=MODES))
 
@@ -113,15 +113,17 @@ def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = MOD
     return chosen.pick(again.argsort(descending=True)[:keep].tolist())
 
 
-def laplace(target: Target, ends: Iterates) -> Gaussians:
-    """Laplace approximations at the distinct ends: damped Newton steps, then N(x, (−∇² log p)⁻¹) where positive."""
-    rows, index = from_covariance(ends.x, ends.inverse_hessian, "")
+def laplace(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians]:
+    """Gaussians at the distinct ends of the paths, by BFGS's inverse Hessians; and the Laplace approximations to which
+    damped Newton steps lead from there, N(x, (−∇² log p)⁻¹), where that is positive."""
+    rows, index = from_covariance(ends.x, ends.inverse_hessian, "the end of a path")
     order = distinct(rows, ends.value[index], limit=MODES)
+    reached = rows.pick(order)
     if not order:
-        return rows.pick([])
-    x, value, hessian = newton(target, rows.loc[order])
-    found, index = from_precision(x, -hessian, "Laplace")
-    return found.pick(distinct(found, value[index], limit=MODES))
+        return reached, reached
+    x, value, hessian = newton(target, ends[index[order]])
+    found, kept = from_precision(x, -hessian, "Laplace")
+    return reached, found.pick(distinct(found, value[kept], limit=MODES))
 
 
 def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:

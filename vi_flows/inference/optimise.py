@@ -31,14 +31,31 @@ def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(good, value, -torch.inf), torch.where(good[:, None], grad, 0.0)
 
 
-def hessians(target: Target, x: Tensor) -> Tensor:
-    """Exact Hessians of log p at the rows of x (N, dim) -> (N, dim, dim): one backward pass for each coordinate."""
-    x = x.detach().clone().requires_grad_()
+def hessians(target: Target, x: Tensor, scale: Tensor) -> Tensor:
+    """Hessians of log p at the rows of x (N, dim) -> (N, dim, dim): exact, by one backward pass for each coordinate.
+
+    Rows where that is not finite (``logaddexp`` of far apart terms has no second derivative in torch) are differenced:
+    central differences of the gradient, over steps of 1e-3 times ``scale`` (N, dim), about the sd of each coordinate.
+    """
+    leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
-        (grad,) = torch.autograd.grad(target.log_prob(x).sum(), x, create_graph=True)
-        rows = [torch.autograd.grad(grad[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])]
-    hessian = torch.stack(rows, -2)
+        (grad,) = torch.autograd.grad(target.log_prob(leaf).sum(), leaf, create_graph=True)
+        rows = [torch.autograd.grad(grad[:, i].sum(), leaf, retain_graph=True)[0] for i in range(x.shape[1])]
+    hessian = torch.stack(rows, -2).detach()
+    bad = (~hessian.isfinite().all(-1).all(-1)).nonzero()[:, 0]
+    if len(bad):
+        hessian[bad] = _differenced(target, x[bad], 1e-3 * scale[bad])
     return (hessian + hessian.mT) / 2
+
+
+def _differenced(target: Target, x: Tensor, step: Tensor) -> Tensor:
+    """(∇log p(x + hᵢeᵢ) − ∇log p(x − hᵢeᵢ)) / 2hᵢ as row i, for all rows of x and steps h (N, dim)."""
+    n, dim = x.shape
+    offsets = torch.diag_embed(step)
+    points = torch.stack([x[:, None] + offsets, x[:, None] - offsets])
+    _, grad = value_and_grad(target, points.reshape(-1, dim))
+    ahead, behind = grad.reshape(2, n, dim, dim)
+    return (ahead - behind) / (2 * step.unsqueeze(-1))
 
 
 @dataclass
@@ -137,14 +154,17 @@ def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor,
     return x, value, grad, found
 
 
-def newton(target: Target, x: Tensor, iterations: int = 10, tolerance: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Damped Newton ascent from the rows of x; returns points (N, dim), log p (N,) and exact Hessians there.
+def newton(
+    target: Target, ends: Iterates, iterations: int = 10, tolerance: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped Newton ascent from the ends of paths; returns points (N, dim), log p (N,) and Hessians there.
 
     Directions are V |Λ|⁻¹ Vᵀ g in the eigenbasis of the Hessian, so that saddles repel; steps are halved until log p
     rises. A row is done when its promised gain ½ gᵀ|H|⁻¹g is below ``tolerance`` nats, or when no step helps.
     """
-    value, grad = value_and_grad(target, x)
-    x, hessian = x.clone(), hessians(target, x)
+    x, value, grad = ends.x.clone(), ends.value.clone(), ends.grad.clone()
+    scale = ends.inverse_hessian.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    hessian = hessians(target, x, scale)
     going = torch.arange(len(x), device=x.device)
     for _ in range(iterations):
         direction = _newton_direction(hessian[going], grad[going])
@@ -165,7 +185,7 @@ def newton(target: Target, x: Tensor, iterations: int = 10, tolerance: float = 1
         going = going[moved]
         if not len(going):
             break
-        hessian[going] = hessians(target, x[going])
+        hessian[going] = hessians(target, x[going], scale[going])
     return x, value, hessian
 
 
