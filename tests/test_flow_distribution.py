@@ -243,3 +243,14 @@ def test_mixture_base_with_batch_shape():
     right = (x[..., 0] > 0).double()
     assert abs(right.mean() - 0.5) < 1e-3
     assert 0.25 < right.mean(0).min() < right.mean(0).max() < 0.75
+
+
+def test_a_wider_dtype_than_the_flows_is_refused():
+    """A float32 flow would score float64 values with float32 errors, in a float64 tensor."""
+    flow = recipes.planar(2, context=1)
+    context = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"value: expected torch\.float32"):
+        flow(context).log_prob(torch.zeros(2).double())
+    with pytest.raises(ValueError, match=r"context: expected torch\.float32"):
+        flow(context.double())
+    assert flow.double()(context).log_prob(torch.zeros(2)).dtype == torch.float64

@@ -1,5 +1,6 @@
 """One table over every recipe: the promises of check_flow; then bases, edges, inverses and wrong use."""
 
+import copy
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from vi_flows.flows.parameters import Fixed
 from vi_flows.flows.splines import RationalQuadratic
 from vi_flows.flows.univariate import Affine
 from vi_flows.testing import check_flow
+from vi_flows.testing.flow import check_start
 
 VARIANTS = {name: (name, {}) for name in recipes.__all__} | {
     "householder": ("sylvester", {"kind": "householder"}),
@@ -71,6 +73,29 @@ def test_other_dims(variant, dim):
         check_flow(flow, contexts(context, torch.float32), scales=(1, 100))
 
 
+@pytest.mark.parametrize("context", [None, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_starts_near_the_identity(variant, context):
+    """Also in 50 dimensions and for 1000 contexts, where a maximum is far out."""
+    for dim in (2, 50):
+        check_start(build(variant, dim, context))
+
+
+@pytest.mark.parametrize("context", [None, 2])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "mixture base"])  # whose parameters the base reads
+def test_a_distribution_keeps_the_parameters_it_was_built_with(variant, context):
+    """What functional_call gives is a distribution of the values put in, with gradients to them, also later."""
+    flow = perturb(build(variant, 3, context), 0.1).double()
+    other, x = perturb(copy.deepcopy(flow), 0.1), torch.randn(5, 3).double()
+    row = None if context is None else torch.randn(context).double()
+    values = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    with torch.no_grad():
+        expected = other(row).log_prob(x)
+    log_q = torch.func.functional_call(flow, values, (row,)).log_prob(x)
+    torch.testing.assert_close(log_q, expected)
+    assert all(g.any() for g in torch.autograd.grad(log_q.sum(), list(values.values())))
+
+
 def log_gaussian(x):
     """A correlated normalized Gaussian of any dim."""
     dim = x.shape[-1]
@@ -115,7 +140,7 @@ def test_autoregressive_inverse_is_exact():
     bijection, x = layer(torch.randn(5, 2).double()), torch.randn(5, 7).double()
     z = torch.zeros_like(x)
     for _ in range(7):
-        z = layer.univariate(layer.conditioner(z, bijection.context)).inverse_and_logdet(x)[0]
+        z = layer.univariate(bijection.network(z)).inverse_and_logdet(x)[0]
     swept, logdet = bijection.inverse_and_logdet(x)
     again, forward = bijection.forward_and_logdet(swept)
     torch.testing.assert_close(swept, z, rtol=1e-13, atol=1e-13)
@@ -264,7 +289,7 @@ def test_mixture_is_stratified():
 @pytest.mark.parametrize("context", [None, 2])
 @pytest.mark.parametrize("maths", [FullAffine, LU])
 def test_linear_is_a_matrix(maths, context):
-    flow = perturb(recipes.gaussian(4, context) if maths is FullAffine else recipes.realnvp(4, context), 0.3).double()
+    flow = perturb(recipes.gaussian(4, context) if maths is FullAffine else recipes.spline(4, context), 0.3).double()
     layer = next(layer for layer in flow.layers if getattr(layer, "maths", None) is maths)
     bijection = layer(None if context is None else torch.randn(context).double())
     zero = torch.zeros(4).double()
@@ -348,6 +373,13 @@ def test_check_flow_finds_a_wrong_logdet(monkeypatch):
     back = Affine.inverse_and_logdet
     monkeypatch.setattr(Affine, "inverse_and_logdet", lambda self, x: (back(self, x)[0] + 1e-6, back(self, x)[1]))
     with pytest.raises(AssertionError, match="round trip"):
+        check_flow(flow)
+    monkeypatch.undo()
+    monkeypatch.setattr(Affine, "forward_and_logdet", lambda self, z: (right(self, z)[0], right(self, z)[1].detach()))
+    with pytest.raises(AssertionError, match="gradcheck of the forward map"):
+        check_flow(flow)
+    monkeypatch.setattr(Affine, "forward_and_logdet", lambda self, z: (right(self, z)[0] * math.nan, right(self, z)[1]))
+    with pytest.raises(AssertionError, match="forward value at inputs of scale 1: not finite"):
         check_flow(flow)
     monkeypatch.undo()
     flow.idle = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))

@@ -10,22 +10,22 @@ from torch.nn.functional import linear, silu
 
 from .bijection import Bijection, Layer
 from .linear import bounded
-from .networks import REACH, Conditioner, autoregressive_degrees
+from .networks import REACH, Conditioner, Network, autoregressive_degrees
 from .univariate import Univariate
 
 
 class AutoregressiveBijection(Bijection):
     """x_i = univariate(z_i; raw_i(z_<i, context)): one network pass forward, a sweep over the coordinates back."""
 
-    def __init__(self, layer: Autoregressive, context: Tensor | None):
-        self.layer, self.context = layer, context
+    def __init__(self, layer: Autoregressive, network: Network):
+        self.layer, self.network = layer, network
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layer.univariate(self.layer.conditioner(z, self.context)).forward_and_logdet(z)
+        return self.layer.univariate(self.network(z)).forward_and_logdet(z)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each hidden unit is computed once, as soon as the coordinates that it sees are known."""
-        layer, sweep = self.layer, Sweep(self.layer, self.context)
+        layer, sweep = self.layer, Sweep(self.layer, self.network)
         known, logdet = x[..., :0], x.new_zeros(x.shape[:-1])
         for i in layer.order:
             univariate = layer.univariate(sweep.next(known))
@@ -37,15 +37,12 @@ class AutoregressiveBijection(Bijection):
 class Sweep:
     """The conditioner evaluated in degree order: its units sorted by degree make every step a few row blocks."""
 
-    def __init__(self, layer: Autoregressive, context: Tensor | None):
-        net, order = layer.conditioner, torch.as_tensor(layer.order)
-        # a slice of a ParameterList would wrap its items anew, and lose those that functional_call put in
-        self.bias = [net.first_bias(context), *list(net.biases)[1:]]
-        self.weight = [net.weight(i) for i in range(len(net.biases))]
+    def __init__(self, layer: Autoregressive, network: Network):
+        order, self.bias, self.weight = torch.as_tensor(layer.order), network.biases, list(network.weights)
         self.weight[0] = self.weight[0][:, order]
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order
-        self.last = self.weight[-1].unflatten(0, (net.count, -1))[:, order]
-        self.last_bias = self.bias[-1].unflatten(0, (net.count, -1))[:, order]
+        self.last = self.weight[-1].unflatten(0, (network.count, -1))[:, order]
+        self.last_bias = self.bias[-1].unflatten(0, (network.count, -1))[:, order]
         dim = len(layer.order)
         self.ends = [
             torch.searchsorted(autoregressive_degrees(dim, width), torch.arange(dim), right=True).tolist()
@@ -87,4 +84,4 @@ class Autoregressive(Layer):
         self.conditioner = Conditioner(len(order), len(order), univariate.count, hidden, context, order)
 
     def forward(self, context: Tensor | None = None) -> Bijection:
-        return AutoregressiveBijection(self, context)
+        return AutoregressiveBijection(self, self.conditioner(context))

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from .bijection import Bijection, Layer
-from .networks import Conditioner
+from .networks import Conditioner, Network
 from .univariate import Univariate
 
 
 class CouplingBijection(Bijection):
     """x_keep = z_keep, x_change = univariate(z_change; raw(z_keep, context)); a univariate's log-determinant."""
 
-    def __init__(self, layer: Coupling, context: Tensor | None):
-        self.layer, self.context = layer, context
+    def __init__(self, layer: Coupling, network: Network):
+        self.layer, self.network = layer, network
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Bijection]:
         keep, change = z.index_select(-1, self.layer.keep), z.index_select(-1, self.layer.change)
-        return keep, change, self.layer.univariate(self.layer.conditioner(keep, self.context))
+        return keep, change, self.layer.univariate(self.network(keep))
 
     def join(self, keep: Tensor, changed: Tensor) -> Tensor:
         keep = keep.expand(*changed.shape[:-1], -1)
@@ -55,4 +55,4 @@ class Coupling(Layer):
         self.conditioner = Conditioner(len(self.keep), len(self.change), univariate.count, hidden, context)
 
     def forward(self, context: Tensor | None = None) -> Bijection:
-        return CouplingBijection(self, context)
+        return CouplingBijection(self, self.conditioner(context))

@@ -22,12 +22,14 @@ class NotConverged(RuntimeError):
 class FlowDistribution(TorchDistribution):
     """The law of x = f(z), z ~ base: log q(x) = log q₀(f⁻¹(x)) + log|det df⁻¹/dx|.
 
-    Event shape (dim,); the batch shape is the context's. Built by :class:`Flow` for one context and thrown away: it
-    remembers the (x, log q) of its last reparametrised draw, so that scoring that very tensor costs nothing.
+    Event shape (dim,); the batch shape is the context's. Built by :class:`Flow` for one context and thrown away (after
+    an optimizer step build another): it remembers the (x, log q) of its last reparametrised draw, so that scoring that
+    very tensor costs nothing.
 
     Raises
     ------
-    ValueError for a value whose last size is not dim; NotConverged if a numerical inverse fails at a finite value.
+    ValueError for a value of another size or a wider dtype than the flow's; NotConverged if a numerical inverse fails
+    at a finite value.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -79,6 +81,7 @@ class FlowDistribution(TorchDistribution):
         """value over the batch shape, or an error that says why it does not fit."""
         if value.dim() == 0 or value.shape[-1] != self.base.dim:
             raise ValueError(f"value: expected shape (..., {self.base.dim}), got {tuple(value.shape)}")
+        _check_precision("value", value, self.base.anchor.dtype)
         try:
             return value.expand(torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape))
         except RuntimeError:
@@ -100,6 +103,12 @@ class FlowDistribution(TorchDistribution):
                 f"log_prob: the inverse did not converge at {failed} of {log_q.numel()} finite values; "
                 "use float64, or a flow with less extreme parameters"
             )
+
+
+def _check_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what the flow's parameters would round: the result would look more precise than it is."""
+    if torch.promote_types(tensor.dtype, dtype) != dtype:
+        raise ValueError(f"{name}: expected {dtype}, as the flow's, got {tensor.dtype}; convert the flow by .double()")
 
 
 class Flow(nn.Module):
@@ -139,6 +148,9 @@ class Flow(nn.Module):
             expected = "None" if self.context is None else f"a tensor of shape (..., {self.context})"
             got = "None" if context is None else f"shape {tuple(context.shape)}"
             raise ValueError(f"context: expected {expected}, got {got}; the recipe's context= says what a flow takes")
+        if context is not None:
+            _check_precision("context", context, self.dtype)
+            context = context.to(self.dtype)
         bijection = Compose([layer(context) for layer in self.layers])
         return FlowDistribution(self.base, bijection, Size() if context is None else context.shape[:-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -122,13 +123,13 @@ class Sylvester(Bijection):
         self.r2 = triangles.mT.triu(1) + torch.diag_embed(self.d2)
         self.b = b
 
+    @abstractmethod
     def down(self, z: Tensor) -> Tensor:
         """Qᵀz, (\\*batch, dim) -> (\\*batch, rank)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up(self, v: Tensor) -> Tensor:
         """Q v, (\\*batch, rank) -> (\\*batch, dim)."""
-        raise NotImplementedError
 
     def step_and_logdet(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """R₁ tanh(R₂ v + b), and the log-determinant, at v = Qᵀz."""

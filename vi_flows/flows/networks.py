@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,32 @@ def autoregressive_degrees(dim: int, width: int) -> Tensor:
     return torch.arange(width) * dim // width
 
 
+class Network(NamedTuple):
+    """A conditioner for one context: raw = W_L silu(... silu(W_1 z̃ + b_1) ...) + b_L, (\\*batch, count, features).
+
+    It holds tensors, not the module: a bijection keeps the parameters that it was built with, those of functional_call
+    included. weights[0] is None where there is no z; bias[0] may have the batch of the context.
+    """
+
+    weights: list[Tensor | None]
+    biases: list[Tensor]
+    count: int
+    features: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        h = self.biases[0]
+        if self.weights[0] is not None:
+            h = linear(bounded(z, REACH), self.weights[0]) + h
+        for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
+            h = linear(silu(h), weight, bias)
+        rows = silu(h).reshape(-1, h.shape[-1])
+        # the batch is the last axis in memory: univariates then work along long contiguous rows
+        raw = torch.addmm(self.biases[-1].unsqueeze(-1), self.weights[-1], rows.mT)
+        return raw.view(self.count, self.features, *h.shape[:-1]).movedim((0, 1), (-2, -1))
+
+
 class Conditioner(nn.Module):
-    """raw = W_L silu(... silu(W_1 z̃ + C context + b_1) ...) + b_L, shaped (\\*batch, count, features), z̃ = bounded(z).
+    """The weights of a multilayer perceptron from z̃ = bounded(z) and the context; its call gives a :class:`Network`.
 
     Weights are stored times the square root of their fan-in, so that a parameter's step moves its output by about as
     much whatever the width: one learning rate suits all layers, and a perturbed network stays well-conditioned.
@@ -46,7 +71,11 @@ class Conditioner(nn.Module):
         order: Sequence[int] | None = None,
     ):
         super().__init__()
-        if not hidden or any(not isinstance(width, int) or width < 1 for width in hidden):
+        if (
+            not isinstance(hidden, Sequence)
+            or not hidden
+            or any(not isinstance(width, int) or width < 1 for width in hidden)
+        ):
             raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")
         self.features, self.count = features, count
         pairs = list(itertools.pairwise([*hidden, features * count]))
@@ -69,9 +98,11 @@ class Conditioner(nn.Module):
         masks = [after[:, None] >= before for before, after in itertools.pairwise(degrees)]
         return [*masks, (position[:, None] >= degrees[-1]).repeat(self.count, 1)]
 
-    def weight(self, i: int) -> Tensor:
+    def weight(self, i: int) -> Tensor | None:
         """Weights of layer i, scaled and masked."""
         weight = self.inner if i == 0 else self.weights[i - 1]
+        if weight is None:
+            return None
         weight = weight * weight.shape[1] ** -0.5
         return weight * getattr(self, f"mask{i}") if self.masked else weight
 
@@ -81,13 +112,7 @@ class Conditioner(nn.Module):
             return self.biases[0]
         return linear(context, self.context * context.shape[-1] ** -0.5, self.biases[0])
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.first_bias(context)
-        if self.inner is not None:
-            h = linear(bounded(z, REACH), self.weight(0)) + h
-        for i in range(1, len(self.weights)):
-            h = linear(silu(h), self.weight(i), self.biases[i])
-        rows = silu(h).reshape(-1, h.shape[-1])
-        # the batch is the last axis in memory: univariates then work along long contiguous rows
-        raw = torch.addmm(self.biases[-1].unsqueeze(-1), self.weight(len(self.weights)), rows.mT)
-        return raw.view(self.count, self.features, *h.shape[:-1]).movedim((0, 1), (-2, -1))
+    def forward(self, context: Tensor | None = None) -> Network:
+        # a slice of a ParameterList would wrap its items anew, and lose those that functional_call put in
+        biases = [self.first_bias(context), *list(self.biases)[1:]]
+        return Network([self.weight(i) for i in range(len(biases))], biases, self.count, self.features)

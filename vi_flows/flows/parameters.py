@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from .bijection import Bijection, Layer
 
-START_SD = 2e-3  # around the identity: not 0, so that every parameter has a gradient from the first step
+START_SD = 1e-3  # around the identity: not 0, so that every parameter has a gradient from the first step
 
 
 class Maths(Protocol):

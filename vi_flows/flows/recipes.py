@@ -156,10 +156,10 @@ def realnvp(
     *,
     layers: int = 6,
     hidden: Sequence[int] = HIDDEN,
-    mixing: str = "lu",
+    mixing: str = "none",
     base: Base | None = None,
 ) -> Flow:
-    """Affine coupling flow (Dinh et al. 2017), a linear layer after each coupling (see :func:`spline`)."""
+    """Affine coupling flow (Dinh et al. 2017); ``mixing`` as in :func:`spline`, which explains it."""
     return _flow(_coupling(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE), mixing), dim, base, context)
 
 
