@@ -333,3 +333,44 @@ def test_a_matrix_routine_that_fails_far_out_costs_only_its_rows():
     post = vf.fit(vf.LogDensity(log_prob, dim=2), **QUICK)
     assert post.log_evidence == pytest.approx(0.0, abs=0.01)
     assert any("failed at" in note for note in post.notes)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: 0.5 * x.square().sum(-1),
+        lambda x: x.sum(-1),
+        lambda x: -0.5 * x[:, 0] ** 2 + x[:, 1].exp(),
+        lambda x: -0.5 * torch.log1p(x.square().sum(-1)),
+    ],
+)
+def test_an_improper_target_ends_and_is_never_called_reliable(fn):
+    try:
+        post = vf.fit(vf.LogDensity(fn, dim=2), **QUICK)
+    except (training.DivergedError, ValueError) as error:
+        assert "not finite" in str(error) or "got inf at x" in str(error)
+        return
+    assert post.verdict.status == "unreliable"
+    assert max(map(len, post.describe().splitlines())) < 300
+
+
+def test_nan_where_no_start_looked_is_named():
+    """A density that is NaN in a half-space beyond the points checked first."""
+    target = vf.LogDensity(lambda x: torch.where(x[:, 0] > 2.5, torch.nan, -0.5 * x.square().sum(-1)), dim=2)
+    with pytest.raises(ValueError, match="log_prob: expected finite values or -inf, got nan at x = "):
+        vf.fit(target, **QUICK)
+
+
+def test_a_target_of_ones_own_needs_three_names():
+    class Ball:
+        dim = 2
+
+        def log_prob(self, x):
+            return -0.5 * x.square().sum(-1)
+
+        def constrain(self, x):
+            return {"radius": x.norm(dim=-1)}
+
+    post = vf.fit(Ball(), **QUICK)
+    assert post.verdict.status == "reliable" and list(post.summary().index) == ["radius"]
+    assert post.summary().loc["radius", "mean"] == pytest.approx(math.sqrt(math.pi / 2), abs=0.02)

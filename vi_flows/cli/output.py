@@ -69,7 +69,7 @@ def _numbers(posterior: vf.Posterior) -> Table:
     rows = {
         "k̂ of the flow": f"{posterior.khat:.2f} ({low:.2f} to {high:.2f}); below 0.7 is good",
         "ESS of the flow": f"{posterior.ess:.0f} of {count} draws ({posterior.ess / count:.0%})",
-        posterior.evidence_name: f"{posterior.log_evidence:.3f} ± {posterior.log_evidence_se:.3f}",
+        posterior.evidence_name: posterior.evidence_text,
         "ELBO": f"{posterior.elbo:.3f}",
         "flow": posterior.flow_description,
         "time": f"{total:.1f} s ({stages})",

@@ -126,10 +126,12 @@ def _concatenate(a: Weights, b: Weights) -> Weights:
 def _checks(target: Target, pooled: Weights, log_w_q: Tensor) -> list[Check]:
     log_w = pooled.log_w
     alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
-    if len(alive) < 5:
-        return [Check("tails", math.inf, KHAT_BOUND, False, "almost no draw has a density above 0")]
     names, theta = flatten(target.constrain(pooled.x[alive]))
     columns = vary(theta)
+    if len(alive) < 5 or not len(columns):
+        return [
+            Check("tails", math.inf, KHAT_BOUND, False, "a few draws carry all the weight: the target may be improper")
+        ]
     names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     values = estimate(theta, log_w[alive])
     quantities = [_quantity_tails(names, theta, values, log_w[alive]), _precision(names, values)]

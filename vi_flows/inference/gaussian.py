@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..targets.target import Target
 from .optimise import value_and_grad
-from .weights import in_blocks
+from .weights import in_blocks, mean_elbo
+
+EXTREME = 1e100  # a Gaussian that reaches further is where an unbounded density ran away to
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Gaussians:
         return log_p - log_base + self.logdet()
 
     def elbo(self, target: Target, epsilon: Tensor) -> Tensor:
-        """E[log p − log q] of each (K,)."""
-        return self.log_weights(target, epsilon).mean(0)
+        """E[log p − log q] of each (K,), kept to the support of p as in :func:`mean_elbo`."""
+        return torch.tensor([mean_elbo(log_w) for log_w in self.log_weights(target, epsilon).unbind(1)]).to(epsilon)
 
 
 def join(parts: list[Gaussians]) -> Gaussians:
-    parts = [p for p in parts if len(p)]
+    parts = [p for p in parts if len(p)] or parts[:1]
     origin = tuple(name for p in parts for name in p.origin)
     return Gaussians(torch.cat([p.loc for p in parts]), torch.cat([p.scale_tril for p in parts]), origin)
 
@@ -59,7 +61,7 @@ def join(parts: list[Gaussians]) -> Gaussians:
 def from_covariance(loc: Tensor, covariance: Tensor, origin: str) -> tuple[Gaussians, Tensor]:
     """Those of the K Gaussians whose covariance (K, dim, dim) is finite and positive definite, and their indices."""
     tril, good = _factor(covariance)
-    index = (good & loc.isfinite().all(-1)).nonzero()[:, 0]
+    index = (good & usable(loc, tril)).nonzero()[:, 0]
     return Gaussians(loc[index], tril[index], (origin,) * len(index)), index
 
 
@@ -69,6 +71,11 @@ def from_precision(loc: Tensor, precision: Tensor, origin: str) -> tuple[Gaussia
     index = good.nonzero()[:, 0]
     some, kept = from_covariance(loc[index], torch.cholesky_inverse(tril[index]), origin)
     return some, index[kept]
+
+
+def usable(loc: Tensor, tril: Tensor) -> Tensor:
+    """Which of the K Gaussians (K,) lie, with their draws, in the range of floating point."""
+    return (loc.abs() < EXTREME).all(-1) & (tril.abs() < EXTREME).all(-1).all(-1)
 
 
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +93,7 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
     In the whitened frame x = loc + L ε, with g = Lᵀ∇log p(x), the residual r = g + ε is 0 for a Gaussian target of
     this very shape. Its moments are the natural gradient: precision ← I − ρ sym E[r εᵀ], loc ← loc + ρ L P⁻¹ E[r].
     Residuals are clipped at ten times their median norm, and a step moves no eigenvalue by more than a factor of 2.
-    The rate decays as 1/k in the last three quarters, which averages the iterates.
+    The rate decays as 1/k in the last three quarters, which averages the iterates. What runs away is left out.
     """
     loc, tril = start.loc, start.scale_tril
     dim = loc.shape[-1]
@@ -111,4 +118,4 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
         half = tril @ vectors * precision.rsqrt().unsqueeze(-2)
         upper = torch.linalg.qr(half.mT)[1]
         tril = (upper * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT
-    return Gaussians(loc, tril, start.origin)
+    return Gaussians(loc, tril, start.origin).pick(usable(loc, tril).nonzero()[:, 0].tolist())

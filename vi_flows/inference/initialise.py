@@ -10,6 +10,7 @@ from torch import Tensor
 from ..targets.target import Target
 from .gaussian import Gaussians, from_covariance, from_precision, gaussian_vi, join
 from .optimise import Iterates, bfgs_paths, newton
+from .weights import mean_elbo
 
 STARTS = 64
 MODES = 8
@@ -48,26 +49,29 @@ def locate(target: Target, starts: Tensor) -> Located:
     epsilon = torch.randn(256, dim, dtype=starts.dtype, device=starts.device)
     elbo = found.elbo(target, epsilon)
     best = found.pick(distinct(found, elbo, limit=3))
+    if not len(best):
+        raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
     refined = _refine(target, best)
     final = join([best, refined])
     epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
-    log_w = final.log_weights(target, epsilon)
-    winner = int(log_w.mean(0).argmax())
-    best_w = log_w[:, winner]
+    winner = int(final.elbo(target, epsilon).argmax())
+    best_w = final.pick([winner]).log_weights(target, epsilon)[:, 0]
     modes = _modes([optima, refined, reached, paths])
-    return Located(final.pick([winner]), float(best_w.mean()), float(best_w.var()), modes, len(optima))
+    return Located(
+        final.pick([winner]), mean_elbo(best_w), float(best_w[best_w > -torch.inf].var()), modes, len(optima)
+    )
 
 
 def _refine(target: Target, start: Gaussians) -> Gaussians:
     """Gaussian VI: a short one from each start, then a longer one from the best of these."""
     short = gaussian_vi(target, start, iterations=20)
+    if not len(short):
+        return short
     epsilon = torch.randn(512, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
     best = int(short.elbo(target, epsilon).argmax())
     long = gaussian_vi(target, short.pick([best]), iterations=60)
     refined = [long, short.pick([i for i in range(len(short)) if i != best])]
-    return join(
-        [Gaussians(g.loc, g.scale_tril, tuple(f"Gaussian VI from {name}" for name in g.origin)) for g in refined]
-    )
+    return join([g.named("Gaussian VI from {}") for g in refined])
 
 
 def _modes(kinds: list[Gaussians]) -> Gaussians:

@@ -40,12 +40,19 @@ def hessians(target: Target, x: Tensor, scale: Tensor) -> Tensor:
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         (grad,) = torch.autograd.grad(target.log_prob(leaf).sum(), leaf, create_graph=True)
-        rows = [torch.autograd.grad(grad[:, i].sum(), leaf, retain_graph=True)[0] for i in range(x.shape[1])]
+        rows = [_gradient(grad[:, i].sum(), leaf) for i in range(x.shape[1])]
     hessian = torch.stack(rows, -2).detach()
     bad = (~hessian.isfinite().all(-1).all(-1)).nonzero()[:, 0]
     if len(bad):
         hessian[bad] = _differenced(target, x[bad], 1e-3 * scale[bad])
     return (hessian + hessian.mT) / 2
+
+
+def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    """d value / d leaf, 0 where value does not depend on it (the gradient of a linear log density)."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
 def _differenced(target: Target, x: Tensor, step: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class Posterior:
             f"verdict: {self.verdict.status}",
             *(f"  - {reason}" for reason in self.verdict.reasons),
             f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)} draws of q",
-            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f}, ELBO {self.elbo:.3f}",
+            f"{self.evidence_name} {self.evidence_text}, ELBO {fixed(self.elbo)}",
         ]
         lines += [f"flow: {self.flow_description}"] if self.flow_description else []
         return "\n".join([*lines, *self.notes])
@@ -153,11 +153,16 @@ class Posterior:
         """What ∫p is: the evidence of a model, the normaliser of a density."""
         return "log evidence" if self.settings.get("model") else "log normaliser"
 
+    @property
+    def evidence_text(self) -> str:
+        """log_evidence ± its standard error, for people."""
+        return f"{fixed(self.log_evidence)} ± {fixed(self.log_evidence_se)}"
+
     def __repr__(self) -> str:
         return (
             f"Posterior({self.verdict.status}, dim {self.dim}, k̂ {self.khat:.2f}, "
             f"ESS {self.ess:.0f}/{len(self.draws)}, "
-            f"{self.evidence_name} {self.log_evidence:.3f} ± {self.log_evidence_se:.3f})"
+            f"{self.evidence_name} {self.evidence_text})"
         )
 
     def save(self, path: str | Path) -> Path:
@@ -165,6 +170,11 @@ class Posterior:
         from .checkpoint import save
 
         return save(self, path)
+
+
+def fixed(value: float) -> str:
+    """Three decimals, or, for what an improper target may give, an exponent."""
+    return f"{value:.3f}" if abs(value) < 1e9 else f"{value:.3e}"
 
 
 def is_model(target: Target) -> bool:

@@ -34,7 +34,10 @@ class DefensiveProposal:
         with torch.no_grad():
             x = self.flow().rsample_and_log_prob((1000,))[0]
         covariance = torch.atleast_2d(torch.cov(x.mT))
-        return from_covariance(x.mean(0)[None], covariance[None], "the moments of q")[0]
+        found, _ = from_covariance(x.mean(0)[None], covariance[None], "the moments of q")
+        if not len(found):
+            raise ValueError("flow: expected finite draws with a covariance, got none; lower lr=, or check the target")
+        return found
 
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Stratified draws x (count, dim), log m and log q at them, and how many of them, the first, are draws of q.
