@@ -24,7 +24,7 @@ WINDOW = 50  # steps over which losses and gradient norms are compared
 SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
 WIDENED, WIDER = 0.25, 0.75  # share of a path-gradient step's noise that is stretched by 1 + 0.75/√D into q's tails
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
-CLOSE = 2e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
+CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
 
 
 class DivergedError(RuntimeError):
