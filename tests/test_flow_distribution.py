@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 
 from vi_flows.flows import recipes
-from vi_flows.flows.bases import GaussianMixture, StudentT
+from vi_flows.flows.bases import GaussianMixture
 
 
 @pytest.fixture(autouse=True)
@@ -214,18 +214,6 @@ def test_sample_has_no_graph():
     q = bent()()
     assert not q.sample((4,)).requires_grad
     assert q.rsample((4,)).requires_grad
-
-
-def test_base_can_be_exchanged():
-    """Same layers, other tails: shared parameters, and dtype kept."""
-    flow = bent()
-    wide = flow.with_base(StudentT(2, 4.0))
-    assert wide.dtype == torch.float64 and next(wide.parameters()) is next(flow.parameters())
-    x = torch.randn(3, 2).double()
-    z, logdet = flow().bijection.inverse_and_logdet(x)
-    close(wide().log_prob(x), wide.base.log_prob(z) + logdet)
-    with pytest.raises(ValueError, match=r"^base: expected dim 2, got 3$"):
-        flow.with_base(StudentT(3))
 
 
 def test_then_is_a_copy():

@@ -10,7 +10,7 @@ import pytest
 import vi_flows
 
 PACKAGE = Path(vi_flows.__file__).parent
-# what each part may import of the others at module level (DESIGN section 2)
+# what each part may import of the others at module level, as CONTRIBUTING.md says
 MAY_IMPORT = {
     "flows": set(),
     "targets": set(),

@@ -154,12 +154,6 @@ class Flow(nn.Module):
         bijection = Compose([layer(context) for layer in self.layers])
         return FlowDistribution(self.base, bijection, Size() if context is None else context.shape[:-1])
 
-    def with_base(self, base: Base) -> Flow:
-        """The same layers (shared, not copied) over another base."""
-        if base.dim != self.dim:
-            raise ValueError(f"base: expected dim {self.dim}, got {base.dim}")
-        return Flow(self.layers, base.to(self.base.anchor), self.context)
-
     def then(self, *layers: Layer) -> Flow:
         """A copy of this flow with more layers on the sample side."""
         copied = copy.deepcopy(self)

@@ -1,4 +1,4 @@
-"""The verdict: a decision rule on importance weights (DESIGN section 4, steps 1 to 4)."""
+"""The verdict: a decision rule on importance weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fit: from a model or a density to a judged posterior (DESIGN section 4, steps 0 to 4)."""
+"""fit: from a model or a density to a judged posterior."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locating: where the mass of p is, and the Gaussian that whitens it (DESIGN section 4, step 1)."""
+"""Locating: where the mass of p is, and the Gaussian that whitens it."""
 
 from __future__ import annotations
 

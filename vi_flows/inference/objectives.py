@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
@@ -24,13 +23,9 @@ def iwae(log_w: Tensor) -> Tensor:
 def renyi(log_w: Tensor, alpha: float) -> Tensor:
     """(1/(1−α)) log (1/K) Σ_k w_k^{1−α} on axis 0, averaged over the rest (Li & Turner 2016, eq. 8).
 
-    α → 1 is the ELBO (taken there exactly), α = 0 the IWAE bound; α < 0 gives upper bounds.
+    α → 1 is the ELBO (taken there exactly), α = 0 the IWAE bound; α < 0 gives upper bounds. As an objective its order
+    is fixed: ``functools.partial(renyi, alpha=0.5)``.
     """
     if alpha == 1:
         return elbo(log_w)
     return iwae((1 - alpha) * log_w) / (1 - alpha)
-
-
-def renyi_objective(alpha: float) -> Objective:
-    """:func:`renyi` at a fixed order, as an objective."""
-    return partial(renyi, alpha=alpha)
