@@ -19,6 +19,8 @@ from vi_flows.cli import main
 from vi_flows.cli.inputs import read_data, to_model
 
 SMALL = ["--steps", "50", "--num-draws", "200", "--no-progress"]
+COLUMNS = ["mean", "sd", "5%", "50%", "95%", "mcse_mean", "mcse_sd", "ess", "khat"]
+PNG = b"\x89PNG\r\n\x1a\n"
 
 MODELS = """\
 import pyro
@@ -122,10 +124,20 @@ BAD = [
     ("fit models.py:prior --threads 0", "--threads"),
     ("fit models.py:prior -n 10", "--draws: expected"),
     ("fit models.py:prior --out models.py", "--out: expected a folder"),
+    ("fit models.py:prior --plot fit.txt", "--plot: expected a file name that ends in .png"),
+    ("fit models.py:prior --plot models.py/fit.png", "--plot: expected a folder"),
     ("fit models.py:prior --nothing 1", "--nothing"),
     ("sample models.py:energy --energy", "--dim"),
     ("sample models.py:energy --energy --dim 0", "dim: expected a positive int, got 0"),
     ("sample models.py:column --dim 2", ".squeeze(-1)"),
+    ("sample models.py:energy --dim 2 --data .", "--data: expected none"),
+    ("sample", "or one of u1, u2"),
+    ("sample funel", "or one of u1, u2"),
+    ("sample funnel --dim 3", "--dim: expected 10 for funnel, got 3"),
+    ("sample funnel --energy", "--energy: expected FILE.py:FUNCTION"),
+    ("sample funnel --data .", "data: expected none for 'funnel'"),
+    ("sample credit", "data: expected a folder for 'credit', got none"),
+    ("sample credit --data .", "data: expected a folder with german.data-numeric"),
     ("sample models.py:raises --dim 2", "KeyError"),
     ("nothing", "nothing"),
 ]
@@ -152,7 +164,7 @@ def test_json_is_one_object_on_stdout_without_nan(folder, capfd):
         result
     )
     assert {"timing", "settings", "num_draws", "flow", "notes", "files"} <= set(result)
-    assert set(result["summary"]["mu"]) == {"mean", "sd", "5%", "50%", "95%", "mcse"}
+    assert list(result["summary"]["mu"]) == COLUMNS
     assert result["num_draws"] == 200 and result["settings"]["seed"] == 3
     assert "training" in err, "the progress bar belongs on standard error"
 
@@ -162,7 +174,7 @@ def test_conjugate_model_from_the_command_line(folder, capfd):
     assert main(["fit", "models.py:model", "--data", "ok.json", "--json", "--no-progress"]) == 0
     mu = json.loads(capfd.readouterr().out)["summary"]["mu"]
     precision = 1 / 25 + 3
-    assert mu["mean"] == pytest.approx(6.5 / precision, abs=5 * mu["mcse"])
+    assert mu["mean"] == pytest.approx(6.5 / precision, abs=5 * mu["mcse_mean"])
     assert mu["sd"] == pytest.approx(precision**-0.5, rel=0.02)
 
 
@@ -171,16 +183,17 @@ def test_out_holds_the_posterior_summary_draws_and_result(folder, capfd):
     assert main(line) == 0
     assert "written to new/out" in capfd.readouterr().out
     out = folder / "new" / "out"
-    files = ["draws.npz", "posterior.safetensors", "result.json", "summary.csv"]
+    files = ["draws.npz", "posterior.png", "posterior.safetensors", "result.json", "summary.csv"]
     assert sorted(path.name for path in out.iterdir()) == files
     with np.load(out / "draws.npz") as draws:
         assert draws["x"].shape == (123, 2)
-    assert (out / "summary.csv").read_text().startswith("name,mean,sd,5%,50%,95%,mcse\nx[0],")
+    assert (out / "summary.csv").read_text().startswith(f"name,{','.join(COLUMNS)}\nx[0],")
     result = json.loads((out / "result.json").read_text())
     assert [Path(name).name for name in result["files"]] == [
         "posterior.safetensors",
         "summary.csv",
         "draws.npz",
+        "posterior.png",
         "result.json",
     ]
     assert vf.load(out / "posterior.safetensors").log_evidence == pytest.approx(result["log_evidence"])
@@ -212,10 +225,40 @@ def test_same_seed_same_result(folder, capfd):
     assert results[0] == results[1] != results[2]
 
 
-def test_demo(capfd):
+def test_known_densities_by_name(folder, capfd):
+    assert main(["sample", "--list"]) == 0
+    out = capfd.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()] == list(vf.catalogue.names())
+    assert sum("--data DIR" in line for line in out.splitlines()) == 2
+    assert main(["sample", "banana", "--dim", "10", "--flow", "gaussian", "--json", *SMALL]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["dim"] == 10 and result["known_log_z"] == 0.0
+
+
+def test_people_see_the_error_of_a_known_normaliser(folder, capfd):
+    assert main(["sample", "u2", *SMALL]) == 0
+    found = re.search(r"known to be +2\.157 \(quadrature on a grid\); error ([+-]\d\.\d{3})", capfd.readouterr().out)
+    assert found and abs(float(found[1])) < 0.5
+
+
+def test_demo_names_its_picture_last(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["demo", "--steps", "20", "--no-progress"]) == 0
     out = capfd.readouterr().out
     assert "Eight schools" in out and "theta[7]" in out and "Verdict:" in out
+    assert out.splitlines()[-1] == "picture: demo.png"
+    assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+    assert main(["demo", "--steps", "20", "--no-progress", "--out", "results"]) == 0
+    assert "posterior.png" in capfd.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "results" / "posterior.png").read_bytes().startswith(PNG)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["demo.png"]
+
+
+def test_plot_writes_a_picture_of_the_kind_named(folder, capfd):
+    line = ["sample", "models.py:log_density", "--dim", "2", "--plot", "new/fit.svg", "--json", *SMALL]
+    assert main(line) == 0
+    assert json.loads(capfd.readouterr().out)["files"] == [str(Path("new") / "fit.svg")]
+    assert "<svg" in (folder / "new" / "fit.svg").read_text()
 
 
 def test_help_and_version(capfd):

@@ -40,8 +40,8 @@ def imported(path):
             names |= {stem} | {f"{stem}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             todo += node.orelse
-        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
-            todo += [child for child in ast.walk(node) if isinstance(child, (ast.Import, ast.ImportFrom))]
+        elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler, ast.With, ast.ClassDef)):
+            todo += ast.iter_child_nodes(node)  # of these; those of functions run later
     return names
 
 

@@ -3,15 +3,18 @@
 from . import testing
 from .flows import bases, recipes
 from .flows.distribution import Flow, FlowDistribution, NotConverged
+from .guides import AutoFlow
 from .inference.checkpoint import load
-from .inference.diagnose import Verdict
+from .inference.diagnose import diagnose
 from .inference.fit import fit
+from .inference.judge import Verdict
 from .inference.posterior import Posterior
 from .inference.training import DivergedError
 from .inference.weights import log_weights
-from .targets import Energy, LogDensity, PyroModel, Target
+from .targets import Energy, LogDensity, PyroModel, Target, catalogue
 
 __all__ = [
+    "AutoFlow",
     "DivergedError",
     "Energy",
     "Flow",
@@ -23,6 +26,8 @@ __all__ = [
     "Target",
     "Verdict",
     "bases",
+    "catalogue",
+    "diagnose",
     "fit",
     "load",
     "log_weights",

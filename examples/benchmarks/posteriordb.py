@@ -11,24 +11,16 @@ probabilities below the reference's 5, 50 and 95 % points. A row is "met" if it 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from rows import CLAIMED, DRAWS, add_fit_arguments, beyond_limits, errors, write
 from suite import Case, add_arguments, cases
 
 import vi_flows as vf
 
-DRAWS = 20_000
-PROBABILITIES = (0.05, 0.5, 0.95)
-MEAN_LIMIT = 0.1
-PROBABILITY_LIMITS = (0.015, 0.03, 0.015)
 KHAT_LIMIT = 0.7
 LIMITS = {"A": (0.1, 15.0), "B": (0.15, 30.0), "C": (0.3, 60.0)}  # by tier: KL, CPU seconds
 ODE_MODELS = ("lotka_volterra", "one_comp_mm_elim_abs", "sir", "soil_incubation")  # have 4 times the seconds
@@ -42,8 +34,7 @@ HEADER = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fits of each posterior, seeds 0 to N - 1")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows here, after every row")
+    add_fit_arguments(parser)
     arguments = parser.parse_args()
     chosen = cases(parser, arguments)
     torch.set_num_threads(1)
@@ -95,28 +86,12 @@ def numbers(posterior: vf.Posterior, case: Case) -> dict[str, Any]:
     }
 
 
-def errors(samples: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The largest errors over the reference's quantities, and the quantity whose mean is worst."""
-    names = [str(name) for name in reference["names"]]
-    drawn = np.stack([samples[name] for name in names], -1)
-    mean = np.abs(drawn.mean(0) - reference["mean"]) / reference["sd"]
-    points = (reference["q05"], reference["q50"], reference["q95"])
-    below = [np.abs((drawn <= q).mean(0) - p).max() for p, q in zip(PROBABILITIES, points, strict=True)]
-    return {"mean": float(mean.max()), "worst": names[int(mean.argmax())], "probabilities": [float(b) for b in below]}
-
-
 def judge(row: dict[str, Any]) -> dict[str, Any]:
     """Which limits the row misses, and whether its status claims too much or too little."""
     kl_limit, seconds = LIMITS[row["tier"]]
     seconds *= 4 if row["short"] in ODE_MODELS else 1
-    claimed = row["status"] in ("reliable", "corrected")
-    after = row["after"]
-    wrong = ["mean"] if not after["mean"] < MEAN_LIMIT else []
-    wrong += [
-        f"P{p * 100:.0f}"
-        for p, error, limit in zip(PROBABILITIES, after["probabilities"], PROBABILITY_LIMITS, strict=True)
-        if not error <= limit
-    ]
+    claimed = row["status"] in CLAIMED
+    wrong = beyond_limits(row["after"])
     short_of = ["KL"] if not row["kl"] <= kl_limit else []
     short_of += ["CPU s"] if row["cpu_seconds"] > seconds else []
     excused = row["tier"] == "C" and row["status"] == "corrected"
@@ -154,23 +129,6 @@ def totals(rows: list[dict[str, Any]]) -> str:
         f"{len(rows) - len(done)} errors; {sum(row['cpu_seconds'] for row in rows):.0f} CPU s "
         "(mean err and P5, P50, P95: before and after weighting)"
     )
-
-
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """All rows so far, whole or not at all; NaN as null, infinities as text."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_plain(rows), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from rows import wanted
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def cases(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> lis
     found = [
         Case(arguments.suite, e["name"], e["dim"], e["tier"], e["logZ"], e["se"]) for e in json.loads(index.read_text())
     ]
-    wanted = [part for option in arguments.only for part in option.split(",") if part]
-    chosen = [case for case in found if not wanted or any(part in case.name for part in wanted)]
+    chosen = [case for case in found if wanted(case.name, arguments.only)]
     if not chosen:
         parser.error(f"--only: expected part of one of {', '.join(c.name for c in found)}, got {arguments.only}")
     return chosen

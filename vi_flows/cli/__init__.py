@@ -15,8 +15,8 @@ from rich.console import Console
 import vi_flows as vf
 
 from . import demo as eight_schools
-from .inputs import loaded, read_data, to_model
-from .output import as_dict, prepare_folder, show, to_json, write
+from .inputs import known_densities, loaded, read_data, to_density, to_model
+from .output import as_dict, draw, prepare_folder, prepare_picture, show, to_json, write
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 DRAWS = 4000
@@ -30,7 +30,10 @@ app = typer.Typer(
 FlowName = Annotated[str, typer.Option("--flow", metavar="NAME", help="auto, or: " + ", ".join(vf.recipes.__all__))]
 Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Write the posterior, summary, draws and result here.")
+    Path | None, typer.Option("--out", metavar="DIR", help="Write posterior, summary, draws, picture and result here.")
+]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Write a picture of the fit (or .pdf, .svg).")
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="At most so many training steps.")]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to locate and train (judging is extra).")]
@@ -106,6 +109,7 @@ def fit(
     flow: FlowName = "auto",
     seed: Seed = 0,
     out: Out = None,
+    plot: Plot = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
@@ -117,17 +121,25 @@ def fit(
     """Fit a flow to the posterior of a Pyro model."""
     options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
     with loaded(model) as function:
-        _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, draws, as_json, no_progress)
+        _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
 
 
 @app.command()
 def sample(
-    density: Annotated[str, typer.Argument(metavar="FILE.py:FUNCTION", help="A log density: (N, D) -> (N,).")],
-    dim: Annotated[int, typer.Option("--dim", help="D, the number of coordinates.")],
+    density: Annotated[
+        str,
+        typer.Argument(metavar="FILE.py:FUNCTION|NAME", help="A log density (N, D) -> (N,), or a known one's name."),
+    ] = "",
+    dim: Annotated[int | None, typer.Option("--dim", help="D, the number of coordinates; a NAME has its own.")] = None,
     energy: Annotated[bool, typer.Option("--energy", help="FUNCTION is an energy: minus a log density.")] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Where the data file of credit or ionosphere is.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the known densities by name, and stop.")] = False,
     flow: FlowName = "auto",
     seed: Seed = 0,
     out: Out = None,
+    plot: Plot = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     num_draws: NumDraws = 10_000,
@@ -136,42 +148,64 @@ def sample(
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
-    """Sample an unnormalised density or energy."""
+    """Sample an unnormalised density or energy, your own or a known one of the literature."""
+    if listed:
+        print(known_densities())
+        return
     options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
-    with loaded(density) as function:
-        target = (vf.Energy if energy else vf.LogDensity)(function, dim)
-        _run(target, {"seed": seed, **options}, out, draws, as_json, no_progress)
+    with to_density(density, dim, energy, data) as target:
+        _run(target, {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
 
 
 @app.command()
 def demo(
-    out: Out = None, seed: Seed = 0, steps: Steps = None, as_json: AsJson = False, no_progress: NoProgress = False
+    out: Out = None,
+    plot: Plot = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
 ) -> None:
-    """Fit eight schools, a small hierarchical model with real data."""
+    """Fit eight schools, a small hierarchical model with real data; a picture goes to demo.png or to DIR."""
     if not as_json:
         print(eight_schools.TITLE)
     target = vf.PyroModel(eight_schools.model, *eight_schools.data())
-    _run(target, {"seed": seed, "steps": steps}, out, None, as_json, no_progress)
+    if plot is None and out is None:
+        plot = Path("demo.png")
+    _run(target, {"seed": seed, "steps": steps}, out, plot, None, as_json, no_progress)
 
 
 def _run(
-    target: vf.Target, options: dict[str, Any], out: Path | None, draws: int | None, as_json: bool, no_progress: bool
+    target: vf.Target,
+    options: dict[str, Any],
+    out: Path | None,
+    plot: Path | None,
+    draws: int | None,
+    as_json: bool,
+    no_progress: bool,
 ) -> None:
-    """Fit, write the result if a folder was named, and print it."""
+    """Fit, write the files that were asked for, and print the result."""
     if draws is not None and (draws < 1 or out is None):
         raise ValueError(
             f"--draws: expected a positive number and --out, got {draws} and {out}; DIR/draws.npz has them"
         )
     if out is not None:
         prepare_folder(out)
+    if plot is not None:
+        prepare_picture(plot)
     given = {name: value for name, value in options.items() if value is not None}
     posterior = vf.fit(target, progress=not no_progress, **given)
     summary = posterior.summary()
-    files = write(posterior, summary, out, draws or DRAWS) if out is not None else []
+    files = [draw(posterior, plot)] if plot is not None else []
+    if out is not None:
+        files = write(posterior, summary, out, draws or DRAWS, plot)
     if as_json:
         print(to_json(as_dict(posterior, summary, files)))
         return
     console = Console(highlight=False)
     show(posterior, summary, console)
-    if files:
-        console.print(f"written to {out}: {', '.join(path.name for path in files)}", soft_wrap=True)
+    if out is not None:
+        names = [path.name for path in files if path.parent == out]
+        console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
+    if plot is not None:
+        console.print(f"picture: {plot}", soft_wrap=True)

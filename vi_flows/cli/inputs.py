@@ -79,6 +79,45 @@ def _function(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
     raise ValueError(f"target: expected a function {name!r} in {path}, got none of that name; it defines {listed}")
 
 
+@contextlib.contextmanager
+def to_density(where: str, dim: int | None, energy: bool, data: Path | None) -> Iterator[vf.Target]:
+    """The target that FILE.py:FUNCTION or the NAME of a known density names; use it inside the block, as of `loaded`.
+
+    Raises ValueError, in one line, for options that do not go with it, besides what `loaded` raises.
+    """
+    if ":" not in where and not where.endswith(".py"):
+        yield _known_density(where, dim, energy, data)
+        return
+    if data is not None:
+        raise ValueError(f"--data: expected none beside FILE.py:FUNCTION, got {data}; read it in the file itself")
+    if dim is None:
+        raise ValueError("--dim: expected the number of coordinates of FILE.py:FUNCTION, got none; add --dim D")
+    with loaded(where) as function:
+        yield (vf.Energy if energy else vf.LogDensity)(function, dim)
+
+
+def _known_density(name: str, dim: int | None, energy: bool, data: Path | None) -> vf.Target:
+    known = vf.catalogue.names()
+    if name not in known:
+        raise ValueError(f"target: expected FILE.py:FUNCTION or one of {', '.join(known)}, got {name!r}")
+    if energy:
+        raise ValueError(f"--energy: expected FILE.py:FUNCTION beside it, got {name}, a log density; leave it out")
+    target = vf.catalogue.get(name, data)
+    if dim not in (None, target.dim):
+        raise ValueError(f"--dim: expected {target.dim} for {name}, got {dim}; leave it out")
+    return target
+
+
+def known_densities() -> str:
+    """The names of the known densities with a line on each, and which of them need data."""
+    width = max(map(len, vf.catalogue.names()))
+    lines = [
+        f"{name:<{width}}  {vf.catalogue.summary(name)}{'; needs --data DIR' if vf.catalogue.needs_data(name) else ''}"
+        for name in vf.catalogue.names()
+    ]
+    return "\n".join(lines)
+
+
 def read_data(path: Path | None) -> dict[str, Any]:
     """The entries of a JSON object, lists of numbers as tensors; {} without a path.
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ROWS = 40  # of the summary that are printed
+COLUMNS = ("mean", "sd", "5%", "50%", "95%", "mcse_mean")  # those that fit a screen; the files have all
+PICTURES = (".png", ".pdf", ".svg")
 STYLES = {"reliable": "bold green", "corrected": "bold yellow", "unreliable": "bold red"}
 MEANINGS = {
     "reliable": "The flow and its draws can be used as they are.",
@@ -32,7 +34,7 @@ MEANINGS = {
 
 def show(posterior: vf.Posterior, summary: DataFrame, console: Console) -> None:
     """The summary table, the verdict in words, and the numbers behind it."""
-    console.print(_table(summary))
+    console.print(_table(summary[list(COLUMNS)]))
     if len(summary) > ROWS:
         console.print(f"... and {len(summary) - ROWS} more rows (all of them with --out DIR or --json)")
     status = posterior.verdict.status
@@ -74,6 +76,9 @@ def _numbers(posterior: vf.Posterior) -> Table:
         "flow": posterior.flow_description,
         "time": f"{total:.1f} s ({stages})",
     }
+    known = getattr(posterior.target, "log_z", None)
+    if known is not None:
+        rows["known to be"] = f"{known:.3f} ({posterior.target.how}); error {posterior.log_evidence - known:+.3f}"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, value)
@@ -89,6 +94,7 @@ def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> d
         "reasons": posterior.verdict.reasons,
         "checks": [dataclasses.asdict(check) for check in posterior.verdict.checks],
         **{name: getattr(posterior, name) for name in numbers},
+        "known_log_z": getattr(posterior.target, "log_z", None),
         "num_draws": len(posterior.draws),
         "dim": posterior.dim,
         "summary": {str(name): dict(row) for name, row in summary.iterrows()},
@@ -115,23 +121,46 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, option: str = "--out") -> None:
     """Make the folder before the work begins. Raises ValueError, in one line, where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
     except OSError as error:
-        raise ValueError(f"--out: expected a folder that can be written to, got {folder} ({error.strerror})") from None
+        message = f"expected a folder that can be written to, got {folder} ({error.strerror})"
+        raise ValueError(f"{option}: {message}") from None
 
 
-def write(posterior: vf.Posterior, summary: DataFrame, folder: Path, draws: int) -> list[Path]:
-    """posterior.safetensors, summary.csv, draws.npz (weighted) and result.json; each is written whole or not at all."""
-    files = [folder / name for name in ("posterior.safetensors", "summary.csv", "draws.npz", "result.json")]
+def prepare_picture(path: Path) -> None:
+    """Make the picture's folder before the work begins. Raises ValueError, in one line, for what is no such file."""
+    if path.suffix.lower() not in PICTURES or path.is_dir():
+        raise ValueError(f"--plot: expected a file name that ends in {', '.join(PICTURES)}, got {path}")
+    prepare_folder(path.parent, "--plot")
+
+
+def draw(posterior: vf.Posterior, path: Path) -> Path:
+    """Write the picture of the fit, whole or not at all; returns its path."""
+    _replace(path, lambda file: posterior.plot().savefig(file, format=path.suffix[1:].lower()))
+    return path
+
+
+def write(
+    posterior: vf.Posterior, summary: DataFrame, folder: Path, draws: int, picture: Path | None = None
+) -> list[Path]:
+    """posterior.safetensors, summary.csv, draws.npz (weighted), posterior.png and result.json, each whole or not at
+    all; result.json also names the ``picture`` that was written elsewhere. Returns their paths.
+    """
+    names = ("posterior.safetensors", "summary.csv", "draws.npz", "posterior.png", "result.json")
+    files = [folder / name for name in names]
     posterior.save(files[0])
     _replace(files[1], lambda file: file.write(summary.to_csv(index_label="name").encode()))
     drawn = posterior.sample(draws, seed=posterior.settings["seed"])
     named = drawn if isinstance(drawn, dict) else {"x": drawn}
     _replace(files[2], lambda file: np.savez(file, **{name: value.cpu().numpy() for name, value in named.items()}))
-    _replace(files[3], lambda file: file.write(to_json(as_dict(posterior, summary, files)).encode()))
+    draw(posterior, files[3])
+    files += [picture] if picture is not None else []
+    _replace(files[4], lambda file: file.write(to_json(as_dict(posterior, summary, files)).encode()))
     return files
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import hardtanh, silu
 
 from .bijection import Bijection, Layer
-from .linear import bounded
 from .networks import REACH, Conditioner, Network, autoregressive_degrees
 from .univariate import Univariate
 
@@ -25,48 +24,54 @@ class AutoregressiveBijection(Bijection):
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each hidden unit is computed once, as soon as the coordinates that it sees are known."""
-        layer, sweep = self.layer, Sweep(self.layer, self.network)
-        known, logdet = x[..., :0], x.new_zeros(x.shape[:-1])
+        layer, dim = self.layer, x.shape[-1]
+        batch = torch.broadcast_shapes(x.shape[:-1], self.network.biases[0].shape[:-1])
+        columns = x.expand(*batch, dim).reshape(-1, dim).split(1, -1)
+        sweep = Sweep(layer, self.network, batch)
+        z, logdets = [], []
         for i in layer.order:
-            univariate = layer.univariate(sweep.next(known))
-            z_i, logdet_i = univariate.inverse_and_logdet(x[..., i : i + 1])
-            known, logdet = torch.cat([known.expand(*z_i.shape[:-1], -1), z_i], -1), logdet + logdet_i
-        return known.index_select(-1, layer.position), logdet
+            univariate = layer.univariate(sweep.next(z[-1] if z else None))
+            z_i, logdet = univariate.inverse_and_logdet(columns[i])
+            z.append(z_i)
+            logdets.append(logdet)
+        logdet = torch.stack(logdets).sum(0).reshape(batch)
+        return torch.cat(z, -1).index_select(-1, layer.position).reshape(*batch, dim), logdet
 
 
 class Sweep:
-    """The conditioner evaluated in degree order: its units sorted by degree make every step a few row blocks."""
+    """The conditioner evaluated in degree order, for rows (N, ...): what is new at a step is added to the sums it feeds.
 
-    def __init__(self, layer: Autoregressive, network: Network):
-        order, self.bias, self.weight = torch.as_tensor(layer.order), network.biases, list(network.weights)
-        self.weight[0] = self.weight[0][:, order]
+    ``sums`` (N, width) are the hidden units before silu. Units sorted by degree make the new ones a block. Those that
+    are not complete hold part of their sum: the masks give them no weight in what depends on complete ones only.
+    """
+
+    def __init__(self, layer: Autoregressive, network: Network, batch: Sequence[int]):
+        order, dim = torch.as_tensor(layer.order), len(layer.order)
+        self.sums = [bias.expand(*batch, -1).reshape(-1, bias.shape[-1]) for bias in network.biases[:-1]]
+        degrees = [autoregressive_degrees(dim, width) for width in layer.hidden]
+        self.sizes = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
+        # the weights that a new coordinate, or new units, have in the next layer
+        self.blocks = [network.weights[0].mT[order].split(1)]
+        for weight, sizes in zip(network.weights[1:-1], self.sizes[:-1], strict=True):
+            self.blocks.append(weight.mT.split(sizes))
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order
-        self.last = self.weight[-1].unflatten(0, (network.count, -1))[:, order]
-        self.last_bias = self.bias[-1].unflatten(0, (network.count, -1))[:, order]
-        dim = len(layer.order)
-        self.ends = [
-            torch.searchsorted(autoregressive_degrees(dim, width), torch.arange(dim), right=True).tolist()
-            for width in layer.hidden
-        ]
-        self.hidden: list[Tensor] = []
+        self.last = network.weights[-1].unflatten(0, (network.count, -1))[:, order].unbind(1)
+        self.last_bias = network.biases[-1].unflatten(0, (network.count, -1))[:, order].unsqueeze(-1).unbind(1)
+        self.complete = [0] * len(layer.hidden)
         self.step = 0
 
-    def next(self, known: Tensor) -> Tensor:
-        """raw (\\*batch, count, 1) of the next coordinate, given the coordinates ``known`` so far, in order."""
-        below = bounded(known, REACH)
-        for i, ends in enumerate(self.ends):
-            start, end = ends[self.step - 1] if self.step else 0, ends[self.step]
-            new = silu(linear(below, self.weight[i][start:end, : below.shape[-1]]) + self.bias[i][..., start:end])
-            if self.step:
-                new = torch.cat([self.hidden[i].expand(*new.shape[:-1], -1), new], -1)
-                self.hidden[i] = new
-            else:
-                self.hidden.append(new)
-            below = new
-        rows = self.last[:, self.step, : below.shape[-1]]
-        raw = linear(below, rows, self.last_bias[:, self.step])
+    def next(self, previous: Tensor | None) -> Tensor:
+        """raw (N, count, 1) of the next coordinate, given the ``previous`` one (N, 1)."""
+        step, sums = self.step, self.sums
+        if previous is not None:
+            sums[0] = torch.addmm(sums[0], hardtanh(previous, -REACH, REACH), self.blocks[0][step - 1])
+        for i, sizes in enumerate(self.sizes[:-1]):
+            if sizes[step]:
+                new = silu(sums[i].narrow(1, self.complete[i], sizes[step]))
+                sums[i + 1] = torch.addmm(sums[i + 1], new, self.blocks[i + 1][step])
+                self.complete[i] += sizes[step]
         self.step += 1
-        return raw.unsqueeze(-1)
+        return torch.addmm(self.last_bias[step], self.last[step], silu(sums[-1]).mT).mT.unsqueeze(-1)
 
 
 class Autoregressive(Layer):

@@ -37,18 +37,28 @@ class Compose(Bijection):
         self.bijections = tuple(bijections)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(z.shape[:-1])
+        logdets = []
         for bijection in self.bijections:
             z, logdet = bijection.forward_and_logdet(z)
-            total = total + logdet
-        return z, total
+            logdets.append(logdet)
+        return z, _total(logdets, z)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
+        logdets = []
         for bijection in reversed(self.bijections):
             x, logdet = bijection.inverse_and_logdet(x)
-            total = total + logdet
-        return x, total
+            logdets.append(logdet)
+        return x, _total(logdets, x)
+
+
+def _total(logdets: Sequence[Tensor], z: Tensor) -> Tensor:
+    """The sum of log-determinants, 0 if there are none, with the batch shape of z."""
+    if not logdets:
+        return z.new_zeros(z.shape[:-1])
+    total = logdets[0]
+    for logdet in logdets[1:]:
+        total = total + logdet
+    return total.expand(z.shape[:-1])
 
 
 class Inverse(Bijection):

@@ -19,7 +19,7 @@ class CouplingBijection(Bijection):
         self.layer, self.network = layer, network
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Bijection]:
-        keep, change = z.index_select(-1, self.layer.keep), z.index_select(-1, self.layer.change)
+        keep, change = z.index_select(-1, self.layer.order).split(self.layer.sizes, -1)
         return keep, change, self.layer.univariate(self.network(keep))
 
     def join(self, keep: Tensor, changed: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ class Coupling(Layer):
         super().__init__()
         change = torch.as_tensor(mask)
         self.univariate = univariate
-        self.register_buffer("keep", (~change).nonzero()[:, 0])
-        self.register_buffer("change", change.nonzero()[:, 0])
-        self.register_buffer("restore", torch.cat([self.keep, self.change]).argsort())
-        self.conditioner = Conditioner(len(self.keep), len(self.change), univariate.count, hidden, context)
+        self.sizes = [int((~change).sum()), int(change.sum())]
+        self.register_buffer("order", change.long().argsort(stable=True))  # those that are kept come first
+        self.register_buffer("restore", self.order.argsort())
+        self.conditioner = Conditioner(*self.sizes, univariate.count, hidden, context)
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return CouplingBijection(self, self.conditioner(context))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,44 +23,102 @@ def above_minus_one(raw: Tensor) -> Tensor:
     return softplus(raw + math.log(math.expm1(top))) - top
 
 
+class TanhRecurrence(torch.autograd.Function):
+    """h_k = tanh(s_k + Σ_{j<k} g_kj h_j) for k = 1..K: s (K, \\*batch), g (K, K, \\*batch or ones), strictly lower -> h.
+
+    The gradient is the same recurrence run backwards, a_k = (1 − h_k²) (dh_k + Σ_{j>k} g_jk a_j), ds = a, dg = a hᵀ:
+    written out because autograd would take several small steps for each of these.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(s: Tensor, g: Tensor) -> Tensor:
+        h = []
+        for k, column in enumerate(g.unbind(1)):
+            h.append(torch.tanh(s[k]))
+            s = torch.addcmul(s, column, h[k])  # rows up to k are not read again: slicing them off costs more
+        return torch.stack(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor]:
+        g, h = ctx.saved_tensors
+        slope, row, a = (1 - h * h).unbind(), g.unbind(), []
+        for k in reversed(range(len(h))):
+            a.append(slope[k] * dh[k])
+            dh = torch.addcmul(dh, row[k], a[-1])
+        ds = torch.stack(a[::-1])
+        if g.numel() == len(h) ** 2:
+            return ds, (ds.reshape(len(h), -1) @ h.reshape(len(h), -1).mT).view(g.shape)
+        return ds, (ds.unsqueeze(1) * h).sum_to_size(g.shape)
+
+
 class Planar(Bijection):
-    """x = z + û tanh(wᵀz + b); log|det| = log(1 + (1 − tanh²) wᵀû) (Rezende & Mohamed 2015, eqs. 10-12).
+    """K layers x = z + û tanh(wᵀz + b); log|det| = Σ log(1 + (1 − tanh²) wᵀû) (Rezende & Mohamed 2015, eqs. 10-12).
 
     û = u + (m(wᵀu) − wᵀu) w/‖w‖² with m > −1 and m(0) = 0, so the map is invertible, and the identity at u = 0.
-    The inverse solves a + wᵀû tanh(a + b) = wᵀx for the scalar a = wᵀz.
+    All layers together move z by Σ û_k h_k, and w_k sees of this only the numbers g_kj = w_kᵀû_j: W z is computed once,
+    h_k = tanh(w_kᵀz + b_k + Σ_{j<k} g_kj h_j) is a recurrence of scalars, and Û takes h back.
+    The inverse solves a + g_kk tanh(a + b_k) = w_kᵀx − Σ_{j>k} g_kj h_j for a, from the last layer to the first.
     """
 
     @staticmethod
-    def start(dim: int) -> dict[str, Tensor]:
-        w = torch.randn(dim)
-        return {"u": torch.zeros(dim), "w": w / w.norm(), "b": torch.zeros(())}
+    def start(dim: int, layers: int) -> dict[str, Tensor]:
+        w = torch.randn(layers, dim)
+        return {
+            "u": torch.zeros(layers, dim),
+            "w": w / torch.linalg.vector_norm(w, dim=-1, keepdim=True),
+            "b": torch.zeros(layers),
+        }
 
-    def __init__(self, u: Tensor, w: Tensor, b: Tensor):
+    def __init__(self, u: Tensor, w: Tensor, b: Tensor, layers: int):
+        self.w, self.b, self.layers = w, b, layers
         wu = (w * u).sum(-1)
-        self.wu_hat = above_minus_one(wu)
+        self.wu_hat = above_minus_one(wu)  # the diagonal of g, rounding apart
         square = (w * w).sum(-1).clamp_min(torch.finfo(w.dtype).tiny)
-        self.u_hat = u + ((self.wu_hat - wu) / square).unsqueeze(-1) * w
-        self.w, self.b = w, b
+        self.u_hat = torch.addcmul(u, ((self.wu_hat - wu) / square).unsqueeze(-1), w)
+        self.g = w @ self.u_hat.mT
+
+    @staticmethod
+    def leading(g: Tensor, batch_dims: int) -> Tensor:
+        """(\\*batch, K, K) -> (K, K, \\*batch), with ones for batch axes that it does not have."""
+        return g.reshape(*[1] * (batch_dims + 2 - g.dim()), *g.shape).movedim((-2, -1), (0, 1))
+
+    def step_and_logdet(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ û_k h_k and the log-determinant of the forward map."""
+        h = h.movedim(0, -1)
+        log_slopes = torch.log1p(torch.addcmul(self.wu_hat, h * h, self.wu_hat, value=-1))
+        return matvec(self.u_hat.mT, h), log_slopes.sum(-1)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.at((z * self.w).sum(-1), z, 1.0)
+        s = (matvec(self.w, z) + self.b).movedim(-1, 0)
+        step, logdet = self.step_and_logdet(TanhRecurrence.apply(s, self.leading(self.g.tril(-1), s.dim() - 1)))
+        return z + step, logdet
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wx = (x * self.w).sum(-1)
+        wx = matvec(self.w, x).movedim(-1, 0)
+        g, h, converged = self.leading(self.g, wx.dim() - 1), [], torch.ones_like(wx[0], dtype=torch.bool)
+        for k in reversed(range(self.layers)):
+            a, ok = self.solve_layer(k, wx[k])
+            h.append(torch.tanh(a + self.b[..., k]))
+            converged = converged & ok
+            wx = torch.addcmul(wx[:k], g[:k, k], h[-1], value=-1)
+        step, logdet = self.step_and_logdet(torch.stack(h[::-1]))
+        return x - step, where_converged(-logdet, converged)
+
+    def solve_layer(self, k: int, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The root a of a + g_kk tanh(a + b_k) = y."""
+        b, wu_hat = self.b[..., k], self.wu_hat[..., k]
 
         def f(a: Tensor) -> tuple[Tensor, Tensor]:
-            tanh = torch.tanh(a + self.b)
-            return a + self.wu_hat * tanh, 1 + self.wu_hat * (1 - tanh * tanh)
+            tanh = torch.tanh(a + b)
+            return a + wu_hat * tanh, 1 + wu_hat * (1 - tanh * tanh)
 
-        reach = self.wu_hat.abs()
-        a, converged = monotone_root(f, wx, wx - reach, wx + reach, start=-self.b)
-        z, logdet = self.at(a, x, -1.0)
-        return z, where_converged(-logdet, converged)
-
-    def at(self, a: Tensor, z: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        """z ± û tanh(a + b), and the log-determinant of the forward map at wᵀz = a."""
-        tanh = torch.tanh(a + self.b)
-        return z + sign * self.u_hat * tanh.unsqueeze(-1), torch.log1p((1 - tanh * tanh) * self.wu_hat)
+        return monotone_root(f, y, y - wu_hat.abs(), y + wu_hat.abs(), start=-b)
 
 
 class Radial(Bijection):

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import hardtanh, linear, silu
 
-from .linear import bounded
 from .parameters import START_SD
 
-REACH = 10.0  # a network sees reach · tanh(z/reach): beyond it, in the far tails, its output no longer changes
+REACH = 10.0  # a network sees z clamped to ±REACH: beyond it, in the far tails, its output no longer changes
 
 
 def autoregressive_degrees(dim: int, width: int) -> Tensor:
@@ -25,18 +24,18 @@ class Network(NamedTuple):
     """A conditioner for one context: raw = W_L silu(... silu(W_1 z̃ + b_1) ...) + b_L, (\\*batch, count, features).
 
     It holds tensors, not the module: a bijection keeps the parameters that it was built with, those of functional_call
-    included. weights[0] is None where there is no z; bias[0] may have the batch of the context.
+    included. weights[0] has no columns where there is no z; bias[0] may have the batch of the context.
     """
 
-    weights: list[Tensor | None]
+    weights: list[Tensor]
     biases: list[Tensor]
     count: int
     features: int
 
     def __call__(self, z: Tensor) -> Tensor:
         h = self.biases[0]
-        if self.weights[0] is not None:
-            h = linear(bounded(z, REACH), self.weights[0]) + h
+        if self.weights[0].shape[1]:
+            h = linear(hardtanh(z, -REACH, REACH), self.weights[0]) + h
         for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
             h = linear(silu(h), weight, bias)
         rows = silu(h).reshape(-1, h.shape[-1])
@@ -46,7 +45,7 @@ class Network(NamedTuple):
 
 
 class Conditioner(nn.Module):
-    """The weights of a multilayer perceptron from z̃ = bounded(z) and the context; its call gives a :class:`Network`.
+    """The weights of a multilayer perceptron from z̃ = clamp(z) and the context; its call gives a :class:`Network`.
 
     Weights are stored times the square root of their fan-in, so that a parameter's step moves its output by about as
     much whatever the width: one learning rate suits all layers, and a perturbed network stays well-conditioned.
@@ -78,17 +77,26 @@ class Conditioner(nn.Module):
         ):
             raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")
         self.features, self.count = features, count
-        pairs = list(itertools.pairwise([*hidden, features * count]))
-        start = [1.0] * (len(hidden) - 1) + [START_SD]
-        self.inner = nn.Parameter(torch.randn(hidden[0], inputs)) if inputs else None
-        self.context = None if context is None else nn.Parameter(torch.randn(hidden[0], context))
-        self.weights = nn.ParameterList(sd * torch.randn(m, n) for sd, (n, m) in zip(start, pairs, strict=True))
-        self.biases = nn.ParameterList(
-            sd * torch.randn(m) for sd, m in zip([1.0, *start], [hidden[0], *(m for _, m in pairs)], strict=True)
-        )
-        self.masked = order is not None
-        for i, mask in enumerate(self.masks(order, hidden) if order is not None else []):
-            self.register_buffer(f"mask{i}", mask)
+        widths = [*hidden, features * count]
+        masks = itertools.repeat(None) if order is None else self.masks(order, hidden)
+        fan_in = [inputs, *hidden]
+        start = [torch.randn(m, n) for m, n in zip(widths, fan_in, strict=True)]
+        biases = [torch.randn(m) for m in widths]
+        start[-1], biases[-1] = START_SD * start[-1], START_SD * biases[-1]
+        scale = [
+            torch.full_like(weight, max(n, 1) ** -0.5) * (1 if mask is None else mask)
+            for weight, n, mask in zip(start, fan_in, masks, strict=False)
+        ]
+        if context is not None:
+            start.append(torch.randn(hidden[0], context))
+            scale.append(torch.full_like(start[-1], context**-0.5))
+        self.shapes = [tensor.shape for tensor in [*start, *biases]]
+        self.layers = len(widths)
+        # all weights and biases in one vector: one product scales and masks them, one gradient comes back
+        self.vector = nn.Parameter(torch.cat([tensor.reshape(-1) for tensor in [*start, *biases]]))
+        scale = torch.cat([tensor.reshape(-1) for tensor in [*scale, *(torch.ones_like(bias) for bias in biases)]])
+        # rounded so that it is the same number in every dtype
+        self.register_buffer("scale", scale.bfloat16().to(scale.dtype), persistent=False)
 
     def masks(self, order: Sequence[int], hidden: Sequence[int]) -> list[Tensor]:
         dim = len(order)
@@ -98,21 +106,10 @@ class Conditioner(nn.Module):
         masks = [after[:, None] >= before for before, after in itertools.pairwise(degrees)]
         return [*masks, (position[:, None] >= degrees[-1]).repeat(self.count, 1)]
 
-    def weight(self, i: int) -> Tensor | None:
-        """Weights of layer i, scaled and masked."""
-        weight = self.inner if i == 0 else self.weights[i - 1]
-        if weight is None:
-            return None
-        weight = weight * weight.shape[1] ** -0.5
-        return weight * getattr(self, f"mask{i}") if self.masked else weight
-
-    def first_bias(self, context: Tensor | None) -> Tensor:
-        """C context + b_1 (\\*context_batch, width)."""
-        if context is None:
-            return self.biases[0]
-        return linear(context, self.context * context.shape[-1] ** -0.5, self.biases[0])
-
     def forward(self, context: Tensor | None = None) -> Network:
-        # a slice of a ParameterList would wrap its items anew, and lose those that functional_call put in
-        biases = [self.first_bias(context), *list(self.biases)[1:]]
-        return Network([self.weight(i) for i in range(len(biases))], biases, self.count, self.features)
+        parts = (self.vector * self.scale).split([shape.numel() for shape in self.shapes])
+        tensors = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        weights, biases = tensors[: self.layers], tensors[-self.layers :]
+        if context is not None:
+            biases[0] = linear(context, tensors[self.layers], biases[0])
+        return Network(weights, biases, self.count, self.features)

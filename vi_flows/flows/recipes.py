@@ -73,8 +73,8 @@ def gaussian(dim: int, context: int | None = None, *, base: Base | None = None) 
 @_recipe
 def planar(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
     """Planar flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
-    stack = [Parametric(Planar, dim, context) for _ in range(_positive("layers", layers))]
-    return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
+    stack = Parametric(Planar, dim, context, layers=_positive("layers", layers))
+    return _flow([stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
 @_recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,80 +12,94 @@ from .bijection import Bijection
 from .linear import bounded
 from .univariate import Univariate
 
-LOG_BOUND = 3.0  # bins within e^±3 of one another, inner slopes within e^±3: steeper stacks cannot be inverted
+LOG_BOUND = 3.0  # inner slopes are within e^±3, and
+SMALLEST = 1e-3  # a piece at least this share of the interval: steeper stacks cannot be inverted
 
 
 class RationalQuadratic(Bijection):
     """Durkan et al. 2019, eqs. 4-8: K rational-quadratic pieces on [−bound, bound], the identity outside it.
 
-    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (softmax) and K − 1 inner slopes (exponential), all bounded.
-    The slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line. Inside,
-    bins lead and the batch is last: (K, dim, \\*batch).
+    raw (\\*batch, 3K − 1, dim) holds K widths, K heights (softmax) and K − 1 inner slopes (bounded exponential). The
+    slope at both edges is exactly 1, so the map is once continuously differentiable on the whole line. Inside, knots
+    lead and the batch is last, and the interval is [0, 1]: ``knots`` (2, K + 1, dim, \\*batch) in x and y, and
+    ``slopes`` (K + 1, dim, \\*batch).
     """
 
     def __init__(self, raw: Tensor, bound: float):
         self.bound = bound
-        exponentials = bounded(raw.movedim((-2, -1), (0, 1)), LOG_BOUND).exp()
-        bins = (raw.shape[-2] + 1) // 3
-        sizes, slopes = exponentials.split([2 * bins, bins - 1])
-        edge = torch.ones_like(slopes[:1])
-        self.slopes = torch.cat([edge, slopes, edge])
-        below = torch.ones(bins + 1, bins, dtype=raw.dtype, device=raw.device).tril(-1)
-        # where the bins end in x and y, (2, K + 1, dim, *batch), in units of the last: from 0 to a total
-        self.ends = (below @ sizes.reshape(2, bins, -1)).view(2, bins + 1, *sizes.shape[1:])
-
-    def bins(self, axis: int, value: Tensor) -> tuple[Tensor, ...]:
-        """The bin of each value along ``axis`` (0: x, 1: y): its left x and y, width, height, slopes at both ends."""
-        ends, slopes = _spread(self.ends, 2, value.shape), _spread(self.slopes, 1, value.shape)
-        total = ends[:, -1]
-        index = ((value / (2 * self.bound) + 0.5) * total[axis] >= ends[axis, 1:-1]).sum(0)
-        both = torch.stack([index, index + 1])
-        d0, d1 = slopes.gather(0, both).unbind()
-        knots = 2 * self.bound * (ends.gather(1, both.expand(2, -1, *value.shape)) / total.unsqueeze(1) - 0.5)
-        (x0, x1), (y0, y1) = (pair.unbind() for pair in knots.unbind())
-        return x0, y0, x1 - x0, y1 - y0, d0, d1
-
-    def inside(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """value (\\*batch, dim) in the layout (dim, \\*batch) of the knots, clamped, and where that changed nothing."""
-        batch = torch.broadcast_shapes(value.shape[:-1], self.ends.shape[3:])
-        value = value.expand(*batch, -1).movedim(-1, 0)
-        return value.clamp(-self.bound, self.bound), value.abs() < self.bound
+        raw = raw.movedim((-2, -1), (0, 1))
+        bins = (len(raw) + 1) // 3
+        sizes, slopes = raw.split([2 * bins, bins - 1])
+        edge = torch.ones_like(raw[:1])
+        self.slopes = torch.cat([edge, bounded(slopes, LOG_BOUND).exp(), edge])
+        # sums of SMALLEST + (1 − K SMALLEST) softmax, as one product: its entries sum to 1
+        like = {"dtype": raw.dtype, "device": raw.device}
+        sums = torch.full((bins + 1, bins), 1 - bins * SMALLEST, **like).tril(-1)
+        sums = sums + torch.linspace(0, bins * SMALLEST, bins + 1, **like).unsqueeze(-1)
+        self.knots = (sums @ sizes.reshape(2, bins, -1).softmax(1)).view(2, bins + 1, *raw.shape[1:])
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        clamped, inside = self.inside(z)
-        x0, y0, width, height, d0, d1 = self.bins(0, clamped)
-        s, t = height / width, (clamped - x0) / width
-        u = t * (1 - t)
-        denominator = s + (d1 + d0 - 2 * s) * u
-        x = y0 + height * (s * t * t + d0 * u) / denominator
-        logdet = torch.where(inside, self.log_slope(s, t, u, d0, d1, denominator), 0.0).sum(0)
-        return torch.where(inside.movedim(0, -1), x.movedim(0, -1), z), logdet
+        return self.move(z, back=False)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        clamped, inside = self.inside(x)
-        x0, y0, width, height, d0, d1 = self.bins(1, clamped)
-        s, rise = height / width, clamped - y0
-        curvature = rise * (d1 + d0 - 2 * s)
-        a = height * (s - d0) + curvature
-        b = height * d0 - curvature
-        c = -s * rise
-        t = -2 * c / (b + (b * b - 4 * a * c).clamp_min(torch.finfo(b.dtype).tiny).sqrt())
-        u = t * (1 - t)
-        denominator = s + (d1 + d0 - 2 * s) * u
-        logdet = torch.where(inside, self.log_slope(s, t, u, d0, d1, denominator), 0.0).sum(0)
-        return torch.where(inside.movedim(0, -1), (x0 + t * width).movedim(0, -1), x), -logdet
+        z, log_slope = self.move(x, back=True)
+        return z, -log_slope
 
-    @staticmethod
-    def log_slope(s: Tensor, t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, denominator: Tensor) -> Tensor:
-        slope = d1 * t * t + 2 * s * u + d0 * (1 - t) ** 2
-        return (slope * (s / denominator) ** 2).log()
+    def move(self, value: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        """f(value) or f⁻¹(value) (\\*batch, dim), and Σ log f' (\\*batch) at that pair."""
+        value, knots, slopes = _aligned(value.movedim(-1, 0), self.knots, self.slopes)
+        at = (value * (0.5 / self.bound) + 0.5).clamp(0, 1)
+        index = (knots[int(back), 1:-1] <= at).sum(0)
+        ends = torch.stack([index, index + 1])
+        corners, slopes = knots.gather(1, ends.expand(2, -1, *value.shape)), slopes.gather(0, ends)
+        moved, log_slope = (_solve if back else _evaluate)(at, corners, slopes)
+        inside = value.abs() < self.bound
+        moved = torch.where(inside, torch.add(value, moved - at, alpha=2 * self.bound), value)
+        return moved.movedim(0, -1), torch.where(inside, log_slope, 0.0).sum(0)
 
 
-def _spread(tensor: Tensor, lead: int, shape: torch.Size) -> Tensor:
-    """(\\*lead, dim, \\*batch) expanded to (\\*lead, \\*shape) for a shape (dim, \\*more, \\*batch)."""
-    missing = lead + len(shape) - tensor.dim()
-    tensor = tensor.reshape(*tensor.shape[: lead + 1], *[1] * missing, *tensor.shape[lead + 1 :])
-    return tensor.expand(*tensor.shape[:lead], *shape)
+def _aligned(value: Tensor, knots: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A value (dim, \\*batch), knots and slopes with the batch axes of all."""
+    if value.shape == slopes.shape[1:]:
+        return value, knots, slopes
+    missing = slopes.dim() - 1 - value.dim()
+    value = value.reshape(len(value), *[1] * missing, *value.shape[1:])
+    knots = knots.reshape(*knots.shape[:3], *[1] * -missing, *knots.shape[3:])
+    slopes = slopes.reshape(*slopes.shape[:2], *[1] * -missing, *slopes.shape[2:])
+    shape = torch.broadcast_shapes(value.shape, slopes.shape[1:])
+    return value.expand(shape), knots.expand(-1, -1, *shape), slopes.expand(-1, *shape)
+
+
+def _evaluate(z: Tensor, corners: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """x = f(z) and log f'(z) between the corners (2, 2, \\*shape): their x and y, left and right, and slopes there."""
+    (x0, y0), (width, height) = corners[:, 0].unbind(), (corners[:, 1] - corners[:, 0]).unbind()
+    d0, d1 = slopes.unbind()
+    s, t = height / width, (z - x0) / width
+    r = 1 - t
+    u = t * r
+    bottom = torch.addcmul(s, torch.sub(d0 + d1, s, alpha=2), u)
+    x = torch.addcdiv(y0, height * t * torch.addcmul(s * t, d0, r), bottom)
+    return x, _log_slope(s, t, r, u, d0, d1, bottom)
+
+
+def _solve(x: Tensor, corners: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """z = f⁻¹(x), the root t of a quadratic, and log f'(z), between corners as in :func:`_evaluate`."""
+    (x0, y0), (width, height) = corners[:, 0].unbind(), (corners[:, 1] - corners[:, 0]).unbind()
+    d0, d1 = slopes.unbind()
+    s, rise = height / width, x - y0
+    bend = torch.sub(d0 + d1, s, alpha=2)
+    curvature = rise * bend
+    a, b, c = torch.addcmul(curvature, height, s - d0), height * d0 - curvature, s * rise
+    root = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(b.dtype).tiny).sqrt()
+    t = 2 * c / (b + root)
+    r = 1 - t
+    u = t * r
+    return torch.addcmul(x0, width, t), _log_slope(s, t, r, u, d0, d1, torch.addcmul(s, bend, u))
+
+
+def _log_slope(s: Tensor, t: Tensor, r: Tensor, u: Tensor, d0: Tensor, d1: Tensor, bottom: Tensor) -> Tensor:
+    slope = torch.addcmul(torch.addcmul(d1 * (t * t), d0, r * r), s, u, value=2)
+    return (slope * (s / bottom).square()).log()
 
 
 def rational_quadratic(bins: int = 8, bound: float = 5.0) -> Univariate:

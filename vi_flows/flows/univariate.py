@@ -30,15 +30,17 @@ class Affine(Bijection):
     """x = exp(s) z + t with s = bounded(raw_0), t = raw_1; log|det| = Σ s (Dinh et al. 2017; Kingma et al. 2016)."""
 
     def __init__(self, raw: Tensor, bound: float = LOG_SCALE_BOUND):
-        self.log_scale, self.shift = bounded(raw[..., 0, :], bound), raw[..., 1, :]
+        log_scale, self.shift = raw.unbind(-2)
+        self.log_scale = bounded(log_scale, bound)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = z * self.log_scale.exp() + self.shift
+        x = torch.addcmul(self.shift, z, self.log_scale.exp())
         return x, self.log_scale.expand(x.shape).sum(-1)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = (x - self.shift) * (-self.log_scale).exp()
-        return z, -self.log_scale.expand(z.shape).sum(-1)
+        log_slope = -self.log_scale
+        z = (x - self.shift) * log_slope.exp()
+        return z, log_slope.expand(z.shape).sum(-1)
 
 
 def affine(bound: float = LOG_SCALE_BOUND) -> Univariate:

@@ -18,8 +18,8 @@ from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets.target import Target
-from .diagnose import Check, Verdict
 from .gaussian import Gaussians
+from .judge import Check, Verdict
 from .posterior import Posterior
 from .weights import Weights
 

@@ -1,202 +1,61 @@
-"""The verdict: a decision rule on importance weights."""
+"""diagnose: judge an approximation that was made elsewhere, such as a Pyro guide trained by SVI."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..flows.distribution import Flow
-from ..targets.target import Target, check_finite
-from .gaussian import Gaussians
-from .proposal import DefensiveProposal
-from .psis import khat, khat_upper, smooth
-from .quantities import Estimates, carrying, estimate, flatten, vary
-from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_mean_se, mean_elbo
+from ..targets import resolve_target
+from .fit import Clock, Options, Start, judged, prepare
+from .fit import threads as torch_threads
+from .initialise import locate, start_points
+from .posterior import Posterior, seeded
+from .progress import Progress
+from .scoring import as_flow
 
-REPEATS = 5
-FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
-KHAT_BOUND = 0.7
-MEAN_SE, LOG_SD_SE, PROBABILITY_SE = 0.025, 0.025, 0.0025
-MISSING_MASS = 0.02
-TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
-T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
+OWN_STARTS = 16  # draws of q among the points from which modes are searched
 
 
-@dataclass(frozen=True)
-class Check:
-    """One step of the rule: passed if statistic < bound; sentence says it in words."""
+def diagnose(
+    guide: Any,
+    target_or_model: Any,
+    *args: Any,
+    seed: int = 0,
+    progress: bool = True,
+    num_draws: int = 10_000,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = 1,
+    **kwargs: Any,
+) -> Posterior:
+    """Judge any approximation q of a model or density: by fit's rule, with a result like fit's.
 
-    name: str
-    statistic: float
-    bound: float
-    passed: bool
-    sentence: str
+    Searches the modes of p from points of its own, so that a collapsed q is seen to miss them, and weighs draws of the
+    defensive proposal around q and these modes.
 
+    Parameters
+    ----------
+    guide: a Pyro guide (called, as the model is, with ``args`` and ``kwargs``), a Flow, or a Posterior.
+    target_or_model: a Pyro model, or a target. seed, progress, num_draws, dtype, device, threads: as in
+        :func:`vi_flows.fit`; dtype is the model's, the guide keeps its own.
 
-@dataclass(frozen=True)
-class Verdict:
-    """status is "reliable", "corrected" or "unreliable"; reasons are sentences; checks the steps behind them."""
-
-    status: str
-    reasons: tuple[str, ...]
-    checks: tuple[Check, ...] = ()
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """All that judging a flow yields: weights of q and of the defensive proposal, and what follows from them."""
-
-    verdict: Verdict
-    draws: Weights
-    proposal: Weights
-    khat: float
-    khat_interval: tuple[float, float]
-    khat_spread: float
-    ess: float
-    elbo: float
-    log_evidence: float
-    log_evidence_se: float
-    skipped: int
-
-
-def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws: int = 10_000) -> Judgement:
-    """Freeze q and judge it by fresh draws of q and of the defensive proposal m, in the flow's precision.
-
-    Tails: the upper limits of k̂ of w = p/m, and of w·|θ| and w·θ² of the reported quantities (standardised), are
-    below 0.7. Precision: standard errors of means, log sds and probabilities at the 5/50/95 % points. Mass outside q:
-    |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. All three: reliable; the first two: corrected (by resampling from m).
-    k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
+    Raises
+    ------
+    TypeError for another kind of q; ValueError, in one line, for a model that cannot be a target, or a guide that
+    cannot be scored: point estimates, and flows that know log q of their own draws only (Pyro's planar, say).
     """
-    proposal = DefensiveProposal(flow, modes)
-    pooled, own, skipped = _draw(proposal, target, FIRST)
-    while True:
-        checks = _checks(target, pooled, own.log_w)
-        if len(pooled.x) >= LAST or all(c.passed for c in checks if c.name != "mass outside q"):
-            break
-        more, more_own, n = _draw(proposal, target, len(pooled.x))
-        pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
-    if len(own.x) < REPEATS * num_draws:
-        more, n = _draw_flow(flow, target, REPEATS * num_draws - len(own.x))
-        own, skipped = _concatenate(own, more), skipped + n
-    khats = [khat(log_w) for log_w in own.log_w[: REPEATS * num_draws].split(num_draws)]
-    centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
-    half = T_90 * spread / math.sqrt(REPEATS)
-    first = Weights(own.x[:num_draws], own.log_q[:num_draws], own.log_p[:num_draws])
-    return Judgement(
-        verdict=_decide(checks),
-        draws=first,
-        proposal=pooled,
-        khat=centre,
-        khat_interval=(centre - half, centre + half),
-        khat_spread=spread,
-        ess=effective_sample_size(first.log_w),
-        elbo=mean_elbo(own.log_w),
-        log_evidence=log_mean(pooled.log_w),
-        log_evidence_se=log_mean_se(pooled.log_w),
-        skipped=skipped,
-    )
-
-
-def _draw(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, Weights, int]:
-    """Weighted draws of m; those among them that q made, weighted against q; how many were skipped."""
-    x, log_m, log_q, n = proposal.draw(count)
-    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
-    return Weights(x, log_m, log_p), Weights(x[:n], log_q[:n], log_p[:n]), skipped
-
-
-def _draw_flow(flow: Flow, target: Target, count: int) -> tuple[Weights, int]:
-    def draw(noise: Tensor) -> Tensor:
-        x, log_q = flow().from_noise(noise)
-        return torch.cat([x, log_q.unsqueeze(-1)], -1)
-
-    drawn = in_blocks(draw, flow.base.noise((count,)))
-    x, log_q = drawn[:, :-1], drawn[:, -1]
-    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
-    return Weights(x, log_q, log_p), skipped
-
-
-def _concatenate(a: Weights, b: Weights) -> Weights:
-    return Weights(torch.cat([a.x, b.x]), torch.cat([a.log_q, b.log_q]), torch.cat([a.log_p, b.log_p]))
-
-
-def _checks(target: Target, pooled: Weights, log_w_q: Tensor) -> list[Check]:
-    log_w = pooled.log_w
-    alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
-    names, theta = flatten(target.constrain(pooled.x[alive]))
-    columns = vary(theta)
-    if len(alive) < 5 or not len(columns):
-        return [
-            Check("tails", math.inf, KHAT_BOUND, False, "a few draws carry all the weight: the target may be improper")
-        ]
-    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
-    values = estimate(theta, log_w[alive])
-    quantities = [_quantity_tails(names, theta, values, log_w[alive]), _precision(names, values)]
-    return [_tails(log_w), *quantities, _mass(log_w, log_w_q)]
-
-
-def _tails(log_w: Tensor) -> Check:
-    value = khat(log_w)
-    upper = khat_upper(value, len(log_w))
-    passed = upper < KHAT_BOUND
-    sentence = f"k̂ of the weights against the defensive proposal is {value:.2f} (upper limit {upper:.2f}"
-    sentence += ")" if passed else f", not below {KHAT_BOUND}): a few draws carry the estimates"
-    return Check("tails", upper, KHAT_BOUND, passed, sentence)
-
-
-def _quantity_tails(names: list[str], theta: Tensor, values: Estimates, log_w: Tensor) -> Check:
-    """The largest upper k̂ of w·|θ| and w·θ², θ standardised, over the quantities most led by single draws."""
-    log_h = ((theta - values.mean) / values.sd).abs().log()
-    contribution = log_w[:, None] + 2 * log_h
-    lead = (contribution.amax(0) - contribution.logsumexp(0)).argsort(descending=True)[:TAILED].tolist()
-    worst, where = -math.inf, ""
-    for i in lead:
-        for power in (1, 2):
-            upper = khat_upper(smooth(log_w + power * log_h[:, i])[1], len(log_w))
-            if upper > worst:
-                worst, where = upper, f"the {'mean' if power == 1 else 'variance'} of {names[i]}"
-    passed = worst < KHAT_BOUND
-    sentence = f"the heaviest tail among reported quantities is that of {where} (upper k̂ {worst:.2f}"
-    sentence += ")" if passed else f", not below {KHAT_BOUND})"
-    return Check("tails of quantities", worst, KHAT_BOUND, passed, sentence)
-
-
-def _precision(names: list[str], values: Estimates) -> Check:
-    """The largest standard error as a multiple of what is asked for."""
-    kinds = {
-        "the mean": values.mean_se / values.sd / MEAN_SE,
-        "the sd": values.log_sd_se / LOG_SD_SE,
-        "a quantile": values.probability_se.amax(0) / PROBABILITY_SE,
-    }
-    kind, ratio = max(kinds.items(), key=lambda item: float(item[1].nan_to_num(math.inf).max()))
-    ratio = ratio.nan_to_num(math.inf)
-    worst, name = float(ratio.max()), names[int(ratio.argmax())]
-    passed = worst < 1
-    sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"
-    return Check("precision", worst, 1.0, passed, sentence)
-
-
-def _mass(log_w: Tensor, log_w_q: Tensor) -> Check:
-    difference = log_mean(log_w) - log_mean(log_w_q)
-    statistic = abs(difference) + 2 * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
-    passed = statistic < MISSING_MASS
-    sentence = f"log Ẑ by the defensive proposal and by q differ by {difference:+.4f} (with 2 se: {statistic:.4f}"
-    sentence += (
-        ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
-    )
-    return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
-
-
-def _decide(checks: list[Check]) -> Verdict:
-    failed = [c for c in checks if not c.passed]
-    if not failed:
-        status, lead = "reliable", "the flow's draws and weights can be used as they are"
-    elif all(c.name == "mass outside q" for c in failed):
-        status, lead = "corrected", "use weighted draws (the default of sample): they are resampled from the proposal"
-    else:
-        status, lead = "unreliable", "do not rely on these draws"
-    shown = failed or checks
-    return Verdict(status, (lead, *(c.sentence for c in shown)), tuple(checks))
+    options = Options(num_draws=num_draws, dtype=dtype, device=device, threads=threads)
+    clock = Clock(None)
+    with seeded(seed), torch_threads(threads), Progress(progress) as bar:
+        target = prepare(resolve_target(target_or_model, *args, **kwargs), options)
+        flow = as_flow(guide, target, *args, **kwargs).to(device).requires_grad_(False)
+        bar.stage("locating")
+        with torch.no_grad():
+            own = flow().rsample((OWN_STARTS,))
+        modes = locate(target, start_points(target, own, device=device)).modes
+        clock.lap("locating")
+        bar.stage("judging")
+        name = getattr(guide, "flow_description", "") or f"{type(guide).__name__}, as given"
+        start = Start(flow, modes, name, recipe=None)
+        return judged(flow, start, target, options, {"seed": seed}, clock)

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target, check_target, resolve_target, settle_dtype
-from .diagnose import Judgement, judge
 from .gaussian import Gaussians
 from .initialise import locate, start_points
+from .judge import Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
+from .scoring import as_flow
 from .training import CLOSE, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
@@ -45,8 +46,10 @@ class Options:
     num_draws: int = 10_000
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None
-    init: Posterior | Tensor | dict[str, Any] | None = None
+    init: Any = None
     threads: int | None = 1
+    capture: bool | str = "auto"
+    compile: bool = False
 
     def __post_init__(self):
         for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1)):
@@ -61,6 +64,10 @@ class Options:
                 raise ValueError(f"{name}: expected a positive number, got {value!r}")
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
+        if not (isinstance(self.capture, bool) or self.capture == "auto"):
+            raise ValueError(f'capture: expected "auto", True or False, got {self.capture!r}')
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile: expected True or False, got {self.compile!r}")
 
     def recorded(self) -> dict[str, Any]:
         """The options as JSON can hold them, without ``init``."""
@@ -92,10 +99,15 @@ def fit(
     num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
     dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
     device: where flow and target work.
-    init: a Posterior of the same dim (its flow is trained on), or values to start near: a dict of named values of a
-        model, or a tensor (dim,) or (n, dim) of unconstrained points.
+    init: a Posterior, a Flow or an AutoFlow guide, whose flow is trained on; or values to start near: a dict of named
+        values of a model, or a tensor (dim,) or (n, dim) of unconstrained points.
     threads: of torch during the fit. 1 unless asked: on a few hundred rows a second thread costs more than it does.
         None leaves torch's setting.
+    capture: "auto" runs training steps and a Pyro model's evaluations, once they have come up often enough to pay, as
+        the tensor operations recorded from one of them: the same numbers, without running the Python again. False
+        never does; True does from the first model evaluation on, and notes why where it cannot.
+    compile: compile the training step to machine code: several times faster, after half a minute or more. Where that
+        fails, training goes on without, and a warning and a note say why.
 
     Raises
     ------
@@ -107,7 +119,7 @@ def fit(
         raise TypeError(f"fit: unknown option {unknown[0]!r}; expected flow, seed, progress, {', '.join(known)}")
     chosen = Options(**options)
     with seeded(seed), threads(chosen.threads), Progress(progress) as bar:
-        target = _prepare(resolve_target(target_or_model, *args), chosen)
+        target = prepare(resolve_target(target_or_model, *args), chosen)
         return _fit(target, flow, chosen, {"seed": seed}, bar)
 
 
@@ -122,13 +134,18 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prepare(target: Target, options: Options) -> Target:
+def prepare(target: Target, options: Options) -> Target:
     """Step 0: the target in its working precision, checked on points uniform in (−2, 2)."""
     points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         if not hasattr(target, "to"):
             raise ValueError("dtype, device: this target has no to(dtype, device) method; leave both at None")
         target = target.to(options.dtype, options.device)
+    if hasattr(target, "capture"):
+        target.forget()  # the model may read something that has changed since
+        if options.capture != "auto":
+            target = copy.copy(target)
+            target.capture = options.capture
     if options.dtype is None:
         target = settle_dtype(target, points)
     check_target(target, points)
@@ -146,7 +163,7 @@ class Start:
 
 
 def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
-    clock = _Clock(options.max_seconds)
+    clock = Clock(options.max_seconds)
     start = _start(target, choice, options, bar)
     clock.lap("locating")
     bar.stage("training", options.steps)
@@ -154,19 +171,30 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     best, notes = _never_worse(start.flow, trained, target)
     clock.lap("training")
     bar.stage("judging")
-    judgement = judge(best.requires_grad_(False), target, start.modes, options.num_draws)
+    return judged(best.requires_grad_(False), start, target, options, settings, clock, notes, trained.elbo)
+
+
+def judged(
+    flow: Flow,
+    start: Start,
+    target: Target,
+    options: Options,
+    settings: dict[str, Any],
+    clock: Clock,
+    notes: tuple[str, ...] = (),
+    trace: Sequence[float] = (),
+) -> Posterior:
+    """The flow with its judgement, and how it was made."""
+    judgement = judge(flow, target, start.modes, options.num_draws)
     clock.lap("judging")
-    shared = ("verdict", "khat", "khat_interval", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
     return Posterior(
-        **{name: getattr(judgement, name) for name in (*shared, "proposal")},
-        draws=judgement.draws.x,
-        log_weights=judgement.draws.log_w,
-        flow=best,
+        **vars(judgement),
+        flow=flow,
         target=target,
         modes=start.modes,
         flow_description=start.description,
         notes=(*notes, *_notes(target, judgement)),
-        trace=trained.elbo,
+        trace=list(trace),
         settings=settings | {"recipe": start.recipe, "model": is_model(target), **options.recorded()},
         timing=clock.laps,
     )
@@ -175,15 +203,10 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
 def _start(target: Target, choice: FlowChoice, options: Options, bar: Progress) -> Start:
     """The chosen flow on top of the best Gaussian that locating finds, or a copy of a warm start's."""
     init, place = options.init, {"device": options.device, "dtype": torch.float64}
-    if isinstance(init, Posterior):
-        if init.flow is None or init.dim != target.dim:
-            raise ValueError(f"init: expected a Posterior with a flow of dim {target.dim}, got {init!r}")
+    if isinstance(init, Posterior) or callable(init):
         if choice != "auto":
-            raise ValueError(
-                'flow: expected "auto" with init= a Posterior, whose flow is trained on; drop one of the two'
-            )
-        warm = copy.deepcopy(init.flow).requires_grad_().to(**place)
-        return Start(warm, init.modes, init.flow_description, init.settings.get("recipe"))
+            raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
+        return _warm_start(init, target, place, bar)
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
     bar.stage("locating")
@@ -192,6 +215,19 @@ def _start(target: Target, choice: FlowChoice, options: Options, bar: Progress) 
     whitening = Fixed(LowerTriangular, shift=located.best.loc[0], scale_tril=located.best.scale_tril[0])
     flow = flow.to(**place).then(whitening)
     return Start(flow, located.modes, f"{name} on {located.best.origin[0]}", recipe)
+
+
+def _warm_start(init: Any, target: Target, place: dict[str, Any], bar: Progress) -> Start:
+    """A copy of the flow of a Posterior, of a Flow, or of an AutoFlow guide."""
+    if not isinstance(init, (Posterior, Flow)) and not isinstance(getattr(init, "flow", None), Flow):
+        kind = type(init).__name__
+        raise ValueError(f"init: expected a Posterior, a Flow or an AutoFlow, got {kind}, which cannot be trained on")
+    flow = as_flow(init, target).requires_grad_().to(**place)
+    if isinstance(init, Posterior):
+        return Start(flow, init.modes, init.flow_description, init.settings.get("recipe"))
+    bar.stage("locating")  # for the modes alone
+    modes = locate(target, start_points(target, device=place["device"])).modes
+    return Start(flow, modes, f"the flow of the {type(init).__name__} given", None)
 
 
 def _train(flow: Flow, target: Target, options: Options, seconds: float | None, bar: Progress) -> Training:
@@ -205,6 +241,8 @@ def _train(flow: Flow, target: Target, options: Options, seconds: float | None, 
         lr=options.lr,
         path=True,
         max_seconds=seconds,
+        record=options.capture is not False,
+        compile=options.compile,
         report=bar.step,
     )
 
@@ -250,6 +288,8 @@ def _never_worse(start: Flow, trained: Training, target: Target) -> tuple[Flow, 
         notes.append(f"training met non-finite values and was rolled back {trained.rolled_back} times.")
     if trained.lost:
         notes.append(f"training: {trained.lost} draws had log p = −inf and were left out.")
+    if trained.note:
+        notes.append(f"{trained.note}.")
     with torch.no_grad():
         noise = start.base.noise((COMPARED,))
         before, after = (
@@ -268,6 +308,8 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
         notes.append(f"precision: the target was evaluated in {target.dtype}.")
     if getattr(target, "mode", "vmap") != "vmap":
         notes.append(f"the model was evaluated by {target.mode}: {target.mode_reason}.")
+    if getattr(target, "capture", "auto") is True and target.capture_refused:
+        notes.append(f"capture: the model's evaluations were not recorded: {target.capture_refused}.")
     if getattr(target, "failed_rows", 0):
         notes.append(
             f"the model failed at {target.failed_rows} points (a matrix not positive definite, say): weight 0."
@@ -277,7 +319,7 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
     return tuple(notes)
 
 
-class _Clock:
+class Clock:
     """Wall time of the stages, and what is left of a limit."""
 
     def __init__(self, limit: float | None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets.target import Target
-from .diagnose import Verdict
 from .gaussian import Gaussians
-from .psis import smooth
-from .quantities import estimate, flatten, resample
-from .weights import Weights
+from .judge import Judgement
+from .psis import resampling_weights
+from .quantities import resample
 
 if TYPE_CHECKING:
+    from arviz import InferenceData
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
@@ -34,8 +35,8 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Posterior:
+@dataclass(kw_only=True)
+class Posterior(Judgement):
     """An approximation to a target, judged.
 
     draws: (S, dim) unconstrained draws of the flow q, aligned with log_weights (S,) = log p − log q.
@@ -49,17 +50,6 @@ class Posterior:
     modes: Gaussians at the optima that locating saw. flow_description, trace, settings, timing: how it was made.
     """
 
-    verdict: Verdict
-    draws: Tensor
-    log_weights: Tensor
-    khat: float
-    khat_interval: tuple[float, float]
-    khat_spread: float
-    ess: float
-    elbo: float
-    log_evidence: float
-    log_evidence_se: float
-    proposal: Weights
     flow: Flow | None
     target: Target | None
     modes: Gaussians | None = None
@@ -91,8 +81,7 @@ class Posterior:
             if self.target is None:
                 return self._sample_stored(n, weighted)
             if weighted:
-                log_w, shape = smooth(self.proposal.log_w)
-                x = self.proposal.x[resample(log_w if shape < 1 else self.proposal.log_w, n)]
+                x = self.proposal.x[resample(resampling_weights(self.proposal.log_w), n)]
             else:
                 with torch.no_grad():
                     x = self._flow("sample")().rsample_and_log_prob((n,))[0]
@@ -119,22 +108,47 @@ class Posterior:
             raise ValueError(f"{caller}: the flow could not be rebuilt; load it with vf.load(path, flow=...)")
         return self.flow
 
-    def summary(self) -> DataFrame:
-        """A table of the weighted draws: mean, sd, 5 %, 50 %, 95 % points, and the standard error of the mean."""
-        from pandas import DataFrame  # pandas comes with ArviZ; importing it takes half a second
+    def summary(self, var_names: str | Sequence[str] | None = None, round_to: int | None = None) -> DataFrame:
+        """A table of the weighted draws, a row for each quantity ("mu", "theta[0]").
 
-        if self.target is None:
-            if self.stored is None:
-                raise ValueError("summary: this posterior has no target; load it with vf.load(path, target=...)")
-            names, theta = flatten(self.stored)
-            log_w = torch.zeros(len(theta), dtype=theta.dtype)
-        else:
-            names, theta = flatten(self.target.constrain(self.proposal.x))
-            log_w = self.proposal.log_w.double()
-        values = estimate(theta, log_w)
-        low, middle, high = values.quantiles
-        columns = {"mean": values.mean, "sd": values.sd, "5%": low, "50%": middle, "95%": high, "mcse": values.mean_se}
-        return DataFrame({name: column.cpu().numpy() for name, column in columns.items()}, index=names)
+        Columns: mean, sd, 5 %, 50 %, 95 % points, standard errors of mean and sd (mcse_mean, mcse_sd), the effective
+        sample size ess = (sd/mcse_mean)², and khat, the tail shape of the terms that make the mean and the variance.
+        var_names: quantities to keep ("theta", "theta[0]") or leave out ("~theta"). round_to: decimals, None for all.
+        """
+        from ..report import summary
+
+        return summary(self, var_names, round_to)
+
+    def to_arviz(
+        self,
+        n: int | None = None,
+        weighted: bool = True,
+        seed: int | None = 0,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+    ) -> InferenceData:
+        """The posterior as ArviZ's InferenceData: equally weighted draws (resampled, as in :meth:`sample`), for which
+        every function of ArviZ is right; verdict and evidence in its attrs.
+
+        n: draws, 4000 unless said. weighted: False gives the draws of q, with their log-weights in sample_stats.
+        dims, coords: as in ``arviz.from_dict``. More in :func:`vi_flows.report.to_arviz`.
+        """
+        from ..report import to_arviz
+
+        return to_arviz(self, n, weighted, seed, dims, coords)
+
+    def plot(
+        self, kind: str = "overview", path: str | Path | None = None, *, var_names: str | Sequence[str] | None = None
+    ) -> Figure:
+        """A picture of the fit, as a matplotlib Figure, written to ``path`` if there is one.
+
+        kind: "overview", or one part of it: "trace", "weights", "marginals", "pairs", "density" (for two coordinates).
+        var_names: quantities to draw ("theta", "theta[0]") or to leave out ("~theta"). More in
+        :func:`vi_flows.report.plot`.
+        """
+        from ..report import plot
+
+        return plot(self, kind, path, var_names=var_names)
 
     def describe(self) -> str:
         """The verdict in words, with its numbers, a few lines of text."""

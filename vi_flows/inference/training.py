@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from ..flows.bases import StandardNormal
 from ..flows.distribution import Flow
 from ..targets.target import Target
 from .objectives import Objective, elbo
-from .weights import log_weights
+from .steps import Flat, Gradient, Step
 
 WINDOW = 50  # steps over which losses and gradient norms are compared
 SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
@@ -31,29 +30,9 @@ class DivergedError(RuntimeError):
     """Training met non-finite values again after its learning rate was halved three times."""
 
 
-class Step(nn.Module):
-    """The loss of one training step as a module, so that ``functional_call`` makes it pure in its parameters.
-
-    forward(noise) -> (loss, log_w): the negative objective over the draws with finite log-weights. The path gradient
-    belongs to the ELBO (in other objectives it is biased: use their own estimators).
-    """
-
-    def __init__(self, flow: Flow, target: Target, objective: Objective = elbo, path: bool = False):
-        super().__init__()
-        if path and objective is not elbo:
-            raise ValueError("path: the path gradient belongs to the ELBO; use path=False with any other objective")
-        self.flow, self.target, self.objective, self.path = flow, target, objective, path
-
-    def forward(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        log_w = log_weights(self.flow, self.target, noise, self.path).log_w
-        alive = log_w.detach() > -torch.inf
-        mean = log_w.detach().where(alive, 0.0).sum() / alive.sum().clamp_min(1)
-        return -self.objective(torch.where(alive, log_w, mean)), log_w.detach()
-
-
 @dataclass
 class Training:
-    """What training did: elbo has one noisy value a step; reason says in words why it stopped."""
+    """What training did: elbo has one noisy value a step; reason says in words why it stopped, note what failed."""
 
     flow: Flow
     elbo: list[float] = field(default_factory=list)
@@ -63,24 +42,7 @@ class Training:
     lost: int = 0
     drawn: int = 0
     rolled_back: int = 0
-
-
-class Flat:
-    """A module's trainable parameters as one vector, and the vector as named views."""
-
-    def __init__(self, module: nn.Module):
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
-        self.vector = torch.cat([p.detach().reshape(-1) for _, p in named]) if named else torch.zeros(0)
-
-    def views(self, vector: Tensor) -> dict[str, Tensor]:
-        parts = vector.split([shape.numel() for shape in self.shapes])
-        return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
-
-    @torch.no_grad()
-    def store(self, module: nn.Module, vector: Tensor) -> None:
-        for name, value in self.views(vector).items():
-            module.get_parameter(name).copy_(value)
+    note: str = ""
 
 
 def train(
@@ -93,6 +55,8 @@ def train(
     objective: Objective = elbo,
     path: bool = False,
     max_seconds: float | None = None,
+    record: bool = False,
+    compile: bool = False,
     report: Callable[[int, int, float], None] | None = None,
 ) -> Training:
     """Maximise the objective over a copy of ``flow`` by Adam; returns it with its averaged last iterates.
@@ -103,6 +67,9 @@ def train(
 
     Parameters
     ----------
+    record: run the steps, after the first few, as recorded operations, which give the same numbers faster.
+    compile: run them as machine code, fused by TorchInductor: equal to rounding, several times faster, and worth a wait
+        of about half a minute before the first. Where that fails a warning and ``note`` say why, in one line.
     report: called with (step, steps, mean ELBO of the last window) for a progress bar.
 
     Raises
@@ -110,7 +77,8 @@ def train(
     DivergedError after the fourth roll-back; ValueError if more than 20 % of a window's draws have log p = −inf.
     Ctrl-C ends training with the average so far, and says so in ``reason``.
     """
-    loop = _Loop(Step(copy.deepcopy(flow), target, objective, path), steps, particles, lr, path)
+    step = Step(copy.deepcopy(flow), target, objective, path)
+    loop = _Loop(step, steps, particles, lr, Gradient(step, Flat(step), record, compile))
     result, began = Training(loop.step.flow), time.monotonic()
     try:
         for i in range(steps):
@@ -125,6 +93,7 @@ def train(
     except KeyboardInterrupt:
         result.reason = f"interrupted at step {len(result.elbo)}"
     loop.flat.store(loop.step, loop.average())
+    result.note = loop.gradient.note
     result.seconds = time.monotonic() - began
     return result
 
@@ -132,12 +101,12 @@ def train(
 class _Loop:
     """The state of one training run."""
 
-    def __init__(self, step: Step, steps: int, particles: int, lr: float, path: bool):
+    def __init__(self, step: Step, steps: int, particles: int, lr: float, gradient: Gradient):
         self.step, self.steps, self.particles, self.lr = step, steps, particles, lr
-        self.flat = Flat(step)
+        self.flat, self.gradient = gradient.flat, gradient
         self.vector = self.flat.vector.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
-        tails = path and isinstance(step.flow.base, StandardNormal)
+        tails = step.path and isinstance(step.flow.base, StandardNormal)
         self.widened = int(WIDENED * particles) if tails else 0
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
         self.variances: deque[float] = deque(maxlen=WINDOW)
@@ -163,8 +132,7 @@ class _Loop:
     def advance(self, i: int, result: Training) -> None:
         """One Adam step; a bad one is undone."""
         self.optimizer.param_groups[0]["lr"] = self.rate(i)
-        loss, log_w = functional_call(self.step, self.flat.views(self.vector), (self._noise(),))
-        (gradient,) = torch.autograd.grad(loss, self.vector)
+        gradient, log_w = self.gradient(self.vector, self._noise())
         log_w = log_w[: len(log_w) - self.widened]
         alive = log_w[log_w > -torch.inf]
         result.lost += len(log_w) - len(alive)

@@ -1,5 +1,6 @@
 """Targets: what is approximated, as a log density on R^D, and how its points become named values."""
 
+from . import catalogue
 from .check import CheckReport, check_target, settle_dtype
 from .pyro_model import PyroModel
 from .target import Energy, LogDensity, Target, check_finite, resolve_target
@@ -10,6 +11,7 @@ __all__ = [
     "LogDensity",
     "PyroModel",
     "Target",
+    "catalogue",
     "check_finite",
     "check_target",
     "resolve_target",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import WAIT, Captured
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
 from .pyro_sites import Layout, Site, inspect_model
 
@@ -32,7 +33,9 @@ class PyroModel:
     those sites' names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against
     single evaluations here); failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say):
     they have log p = -inf; nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's
-    arithmetic overflows far out.
+    arithmetic overflows far out; capture, whether batches of a size that comes up often are evaluated by the recorded
+    tensor operations of one such batch (see ``capture.py``): "auto", False, or True for every batch from the first on;
+    capture_refused, why they cannot be. What else the model reads counts as constant until :meth:`forget`.
 
     Raises ValueError (TypeError for missing arguments), in one line, for what cannot be a target: no latent sites,
     discrete ones, supports that depend on latent values or have no bijection, subsampling, random structure or un-named
@@ -56,6 +59,7 @@ class PyroModel:
             self.dtype = dtype
             self.device = None if device is None else torch.device(device)
             self.nonfinite = "skip"
+            self.capture: bool | str = "auto"
             self.failed_rows = 0
             self.last_failure = ""
             self._layout = layout
@@ -65,6 +69,7 @@ class PyroModel:
             self.observed: Values = layout.observed
             self.deterministic = list(layout.deterministic)
             self._over_rows = torch.func.vmap(self._run.log_joint)
+            self._captured = Captured(self._evaluate)
             self.mode, self.mode_reason = "loop", ""
             self._choose_mode()
 
@@ -73,23 +78,39 @@ class PyroModel:
         other = object.__new__(PyroModel)
         other._call = self._call
         other._prepare(dtype or self.dtype, device or self.device)
-        other.nonfinite = self.nonfinite
+        other.nonfinite, other.capture = self.nonfinite, self.capture
         return other
+
+    @property
+    def capture_refused(self) -> str:
+        """Why evaluations cannot be recorded, or ""."""
+        return self._captured.refused if self.mode == "vmap" else f"it is evaluated by {self.mode}"
+
+    def forget(self) -> None:
+        """Drop what has been recorded, as after a change in a number or tensor that the model reads."""
+        self._captured.forget()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p of each row of x (N, dim), as (N,) in x's dtype; -inf, counted, for rows at which the model raises."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
+        inside = x.to(dtype=self.dtype, device=self.device)
+        parts = by_halves(lambda rows: self._over(rows["x"]), {"x": inside}, self._failed)
+        log_p = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return log_p.to(dtype=x.dtype, device=x.device)
+
+    def _over(self, x: Tensor) -> Tensor:
+        """log p (N,) of the rows of x (N, dim), which may raise for all because of one."""
+        if self.mode != "vmap" or self.capture is False:
+            return self._evaluate(x)
+        return self._captured(x, wait=0 if self.capture is True else WAIT)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """log p (N,) of the rows of x (N, dim) by the model itself."""
         with self._run.settings():
-            inside = x.to(dtype=self.dtype, device=self.device)
-            values, log_det = self._transform(inside)
-            parts = by_halves(self._log_joint, values, self._failed)
-            log_p = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if log_det is not None:
-                total = log_p + log_det
-                # where the model raised, the transform's own infinities must not turn -inf into NaN
-                log_p = total if len(parts) == 1 else torch.where(log_p == -torch.inf, log_p, total)
-            return log_p.to(dtype=x.dtype, device=x.device)
+            values, log_det = self._transform(x)
+            log_p = self._log_joint(values)
+            return log_p if log_det is None else log_p + log_det
 
     def constrain(self, x: Tensor) -> Values:
         """Named values of x (N, dim): latent sites (N, *shape), then deterministic ones (NaN if the model raises)."""

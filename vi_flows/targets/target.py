@@ -174,12 +174,13 @@ def show(x: Tensor, limit: int = 6) -> str:
     return f"[{', '.join(values)}{', ...' if x.numel() > limit else ''}]"
 
 
-def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any) -> Target:
-    """A Target as it is, or PyroModel(model, *args) of a Pyro model. Raises TypeError for anything else."""
+def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
+    """A Target as it is, or PyroModel(model, *args, **kwargs) of a Pyro model. Raises TypeError for anything else."""
     if isinstance(target_or_model, Target) and not isinstance(target_or_model, type):
-        if args:
+        if args or kwargs:
             raise TypeError(
-                f"args: expected none beside a target, got {len(args)}; only a Pyro model takes its data here"
+                f"args: expected none beside a target, got {len(args) + len(kwargs)}; "
+                "only a Pyro model takes its data here"
             )
         return target_or_model
     if not callable(target_or_model):
@@ -187,4 +188,4 @@ def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any) -> 
         raise TypeError(
             f"target: expected a Target or a Pyro model, got {kind}; wrap a function as LogDensity(fn, dim=D)"
         )
-    return PyroModel(target_or_model, *args)
+    return PyroModel(target_or_model, *args, **kwargs)

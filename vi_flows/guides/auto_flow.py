@@ -1,0 +1,226 @@
+"""AutoFlow: a normalizing flow over all latent sites of a model, as a Pyro guide."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, init_to_feasible
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from ..flows.distribution import Flow, FlowDistribution
+from ..flows.linear import LowerTriangular
+from ..flows.parameters import Fixed
+from ..inference.fit import FlowChoice, resolve_flow
+from ..inference.initialise import locate, start_points
+from ..inference.posterior import Posterior, seeded
+from ..targets import PyroModel
+
+DRAWS = 10_000  # from which medians and quantiles are taken
+
+
+class AutoFlow(AutoContinuous):
+    r"""A guide that is a flow over the unconstrained values of a model's latent sites, for SVI, Predictive and ELBOs.
+
+    .. math:: q(\theta) = q_\text{flow}(x) \, |\det dT/dx|^{-1}, \quad \theta = T(x), \quad
+              T = \text{biject\_to(support) per site}
+
+    ::
+
+        guide = vf.AutoFlow(model, "spline", y, sigma)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 5e-3}), Trace_ELBO(num_particles=32, vectorize_particles=True))
+        for _ in range(1000):
+            svi.step(y, sigma)
+        posterior = vf.diagnose(guide, model, y, sigma)
+
+    With the model's arguments the guide's parameters exist at once, so that ``state_dict`` and Pyro's parameter store
+    can be loaded into a new guide; without them they are made at the first call, as those of Pyro's own guides are.
+
+    Parameters
+    ----------
+    model: a Pyro model with continuous latent sites.
+    flow: as in :func:`vi_flows.fit`: "auto", the name of a recipe, a callable dim -> Flow, or a Flow (copied); or a
+        fitted :class:`Posterior`, or another AutoFlow, to start from.
+    args, kwargs: what the model is called with.
+    locate: put a flow that is new on top of the Gaussian that locating finds (Pathfinder, Laplace, Gaussian VI), as fit
+        does: without it, scale and position are left to SVI. Seconds; a model that cannot be located (subsampling)
+        starts at the standard normal, with a warning.
+    dtype: of the parameters and latent values, torch's default dtype unless given.
+    name: the prefix of the parameters' names in Pyro's store.
+
+    Raises
+    ------
+    TypeError or ValueError for a flow of another kind or size, or parameters of another shape in Pyro's store.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: FlowChoice | Posterior | AutoFlow = "auto",
+        *args: Any,
+        locate: bool = True,
+        dtype: torch.dtype | None = None,
+        name: str = "AutoFlow",
+        **kwargs: Any,
+    ):
+        super().__init__(model, init_loc_fn=init_to_feasible)
+        self._pyro_name = name
+        self._plain_model, self._choice, self._locate = (model,), (flow,), locate
+        self._dtype = dtype or torch.get_default_dtype()
+        self._warned = False
+        if isinstance(flow, str):
+            resolve_flow(flow, 1)  # a mistake in it is told at once
+        if args or kwargs or _takes_nothing(model):
+            self._setup_prototype(*args, **kwargs)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        choice = self._choice[0]
+        self._choice = (None,)
+        with poutine.block():  # at a first call inside SVI, none of this belongs to its trace
+            flow = self._start(choice, *args, **kwargs)
+        self.flow = flow.to(self._dtype).requires_grad_()
+
+    def _start(self, choice: Any, *args: Any, **kwargs: Any) -> Flow:
+        """The flow to begin with, on the Gaussian that locating finds where that is asked for."""
+        if isinstance(choice, AutoFlow):
+            choice._check_sites(self.sites())
+            return copy.deepcopy(choice.flow)
+        if isinstance(choice, Posterior):
+            return self._from_posterior(choice)
+        located = None
+        if self._locate and not isinstance(choice, Flow):
+            located = self._located(*args, **kwargs)
+        flow, *_ = resolve_flow(choice, self.latent_dim)
+        return flow if located is None else flow.to(located.shift.dtype).then(located)
+
+    def _located(self, *args: Any, **kwargs: Any) -> Fixed | None:
+        """The whitening of the located Gaussian, in this guide's order of sites."""
+        try:
+            with seeded(0):
+                target = PyroModel(self._plain_model[0], *args, **kwargs)
+                self._check_sites(sites_of(target))
+                best = locate(target, start_points(target)).best
+        except ValueError as error:
+            warnings.warn(f"AutoFlow: starts at the standard normal, for the model cannot be located ({error})")
+            return None
+        return Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
+
+    def _from_posterior(self, posterior: Posterior) -> Flow:
+        if posterior.flow is None or posterior.dim != self.latent_dim:
+            raise ValueError(
+                f"flow: expected a Posterior with a flow of dim {self.latent_dim}, as this model has, got {posterior!r}"
+            )
+        if isinstance(posterior.target, PyroModel):
+            self._check_sites(sites_of(posterior.target))
+        return copy.deepcopy(posterior.flow)
+
+    def sites(self) -> dict[str, torch.Size]:
+        """The latent sites in the order of the flow's coordinates, with the shapes of their unconstrained values."""
+        if self.prototype_trace is None:
+            raise ValueError("guide: expected one that has been called, or built with the model's arguments")
+        return dict(self._unconstrained_shapes)
+
+    def _check_sites(self, other: dict[str, torch.Size]) -> None:
+        if list(self.sites().items()) != list(other.items()):
+            raise ValueError(
+                f"flow: expected the latent sites {_listed(self.sites())}, got {_listed(other)}; "
+                "it must come from the same model"
+            )
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The flow as a distribution over the unconstrained latent vector."""
+        flow = self._modules["flow"]  # not self.flow: that would register it with Pyro a second time
+        if self._pyro_context.active and not pyro.settings.get("module_local_params"):
+            self._register(flow)
+        return flow()
+
+    def _register(self, flow: Flow) -> None:
+        """Share parameters with Pyro's store: what the store holds already (after its ``load``) replaces ours."""
+        prefix, held = f"{self._pyro_name}.flow", pyro.get_param_store()._params
+        foreign = {}
+        for name, own in flow.named_parameters():
+            stored = held.get(param_with_module_name(prefix, name), own)
+            if stored is not own:
+                foreign[name] = (tuple(own.shape), tuple(stored.shape))
+        for name, (expected, got) in foreign.items():
+            if expected != got:
+                raise ValueError(
+                    f"guide: expected {prefix} {name} in Pyro's parameter store to have shape {expected}, got {got}, "
+                    "another guide's; call pyro.clear_param_store() first, or give this guide a name="
+                )
+        if foreign and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"AutoFlow: takes its parameters from Pyro's parameter store, which holds {prefix}; if they are not "
+                "its own from an earlier run, call pyro.clear_param_store() first, or give this guide a name="
+            )
+        pyro.module(prefix, flow, update_module_params=True)
+
+    @torch.no_grad()
+    def draws(self, n: int) -> dict[str, Tensor]:
+        """n draws of every latent site, by name, each (n, *shape)."""
+        if "flow" not in self._modules:
+            raise ValueError("guide: expected one that has been called, or built with the model's arguments")
+        x, start, values = self._modules["flow"]().rsample((n,)), 0, {}
+        for name, shape in self._unconstrained_shapes.items():
+            part = x[:, start : start + shape.numel()].reshape(n, *shape)
+            values[name] = biject_to(self.prototype_trace.nodes[name]["fn"].support)(part)
+            start += shape.numel()
+        return values
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of every latent entry, from 10,000 draws of a fixed seed."""
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The quantiles (Q,) of every latent entry, (Q, *shape) by site, from 10,000 draws of a fixed seed."""
+        points = torch.as_tensor(quantiles, dtype=self._dtype)
+        if points.dim() != 1 or not ((points >= 0) & (points <= 1)).all():
+            raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}")
+        if self.prototype_trace is None and (args or kwargs):
+            self._setup_prototype(*args, **kwargs)
+        with seeded(0):
+            drawn = self.draws(DRAWS)
+        return {name: torch.quantile(value, points.to(value), dim=0) for name, value in drawn.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the model, which may be any callable (as Pyro's guides, but this guide keeps its own)."""
+        return self.__dict__ | {"_model": None, "_plain_model": None, "master": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        """A copy with its own parameters for the same model, which is not copied."""
+        memo |= {id(kept): kept for kept in (self._model, self._plain_model, self.prototype_trace)}
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        nn.Module.__init__(other)
+        other.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return other
+
+
+def sites_of(target: PyroModel) -> dict[str, torch.Size]:
+    """The latent sites of a target, with the shapes of the unconstrained values that it holds."""
+    return {
+        site.name: site.unconstrained_shape if site.free is None else torch.Size([len(site.free)])
+        for site in target.sites
+    }
+
+
+def _listed(sites: dict[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in sites.items())
+
+
+def _takes_nothing(model: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind()
+    except (TypeError, ValueError):
+        return False
+    return True

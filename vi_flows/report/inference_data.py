@@ -1,0 +1,157 @@
+"""The ArviZ bridge: a posterior as InferenceData."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from ..inference.posterior import Posterior, seeded
+from ..inference.psis import import_arviz
+from ..targets import PyroModel, Target
+from ..targets.pyro_run import NUMERICAL, is_deterministic
+from .draws import Draws, constraint, flow_draws, weighted_draws
+
+if TYPE_CHECKING:
+    from arviz import InferenceData
+
+DRAWS = 4000
+MEANINGS = {
+    True: "equally weighted: the defensive proposal's draws, resampled by their importance weights",
+    False: "draws of the flow q as they are; their importance weights are in sample_stats",
+}
+
+
+def to_arviz(
+    posterior: Posterior,
+    n: int | None = None,
+    weighted: bool = True,
+    seed: int | None = 0,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> InferenceData:
+    """The posterior as ArviZ's InferenceData, in one chain.
+
+    ArviZ takes all draws of a posterior group as equally weighted. So the group holds draws that are: those of the
+    defensive proposal, resampled by their weights, as ``posterior.sample(n, seed=seed)`` gives them; every function of
+    ArviZ is right on them as far as the verdict goes. They are independent but for copies (``proposal_draw`` tells
+    which), so ArviZ's own ESS and MCSE, made for chains, do not see the weights: those of ``posterior.summary()`` do.
+
+    Groups
+    ------
+    posterior: named, constrained values; "x" for a density.
+    sample_stats: of the draw in the same place, lp = log p(x), log_q = the log density that it was drawn from, and
+        log_weight = lp − log_q. With weighted=True that is the proposal's, and the resampling has used the weights up:
+        do not weight again. With weighted=False they are what the draws of q need. Absent for a model that was loaded
+        without its target; lp and log_q also where the flow could not be rebuilt or inverted.
+    unconstrained_posterior: x, by coordinate, of a model.
+    observed_data: a model's data.
+    attrs, of the whole and of the group posterior: verdict, reasons, khat, khat_interval, ess (all of q's weights),
+        elbo, log_evidence, log_evidence_se, seed, flow, draws (which these are), versions.
+
+    Parameters
+    ----------
+    n: draws; 4000 unless said, or with weighted=False all that are kept.
+    weighted: False gives the draws of q with their log-weights.
+    seed: of the resampling; None draws from torch's global generator.
+    dims, coords: as in ``arviz.from_dict``. Where dims does not name them, a model's plates name the dimensions.
+
+    Raises ValueError for n out of range, and for weighted=False of a model that was loaded without its target.
+    """
+    if not weighted:
+        drawn = flow_draws(posterior, n)
+    else:
+        stored = len(next(iter(posterior.stored.values()))) if posterior.stored else 0
+        most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored or DRAWS)
+        drawn = weighted_draws(posterior, most if n is None else n, seed)
+    observed = _arrays(getattr(posterior.target, "observed", {}))
+    named = _arrays(drawn.values)
+    groups = {"posterior": _one_chain(named), "sample_stats": _one_chain(_stats(drawn, weighted)) or None}
+    attrs = _attrs(posterior, weighted, seed)
+    plates = _plate_dims(posterior.target, {**observed, **{name: value[0] for name, value in named.items()}})
+    data = import_arviz().from_dict(  # 1.x: from_dict({"posterior": ...}) -> DataTree
+        **groups,
+        observed_data=observed or None,
+        dims={**plates, **(dims or {})},
+        coords=dict(coords or {}),
+        attrs=dict(attrs),
+        posterior_attrs=attrs,
+    )
+    if drawn.x is not None and hasattr(posterior.target, "coordinate_names"):
+        data.add_groups(unconstrained_posterior=_unconstrained(drawn.x, posterior.target.coordinate_names()))
+    return data
+
+
+def _stats(drawn: Draws, weighted: bool) -> dict[str, np.ndarray]:
+    parts = {"lp": drawn.log_p, "log_q": drawn.log_q, "log_weight": drawn.log_w}
+    parts["proposal_draw" if weighted else "flow_draw"] = drawn.index
+    return _arrays({name: value for name, value in parts.items() if value is not None})
+
+
+def _unconstrained(x: Tensor, names: list[str]) -> Any:
+    return import_arviz().dict_to_dataset(
+        {"x": x.detach().cpu().numpy()[None]}, dims={"x": ["coordinate"]}, coords={"coordinate": names}
+    )
+
+
+def _arrays(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy() for name, value in values.items()}
+
+
+def _one_chain(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value[None] for name, value in values.items()}
+
+
+def _attrs(posterior: Posterior, weighted: bool, seed: int | None) -> dict[str, Any]:
+    """What the draws cannot tell, in the types that a netCDF file can hold: text, floats and lists of these."""
+    from .. import __version__
+
+    numbers = ("khat", "ess", "elbo", "log_evidence", "log_evidence_se")
+    attrs = {
+        "verdict": posterior.verdict.status,
+        "reasons": list(posterior.verdict.reasons),
+        "khat_interval": [float(v) for v in posterior.khat_interval],
+        **{name: float(getattr(posterior, name)) for name in numbers},
+        "num_draws_of_q": len(posterior.draws),
+        "evidence": posterior.evidence_name,
+        "flow": posterior.flow_description,
+        "notes": "\n".join(posterior.notes),
+        "draws": MEANINGS[weighted],
+        "inference_library": "vi_flows",
+        "inference_library_version": __version__,
+        "torch_version": str(torch.__version__),
+        "pyro_version": pyro.__version__,
+    }
+    seeds = {"seed": posterior.settings.get("seed"), "resampling_seed": seed if weighted else None}
+    return attrs | {name: value for name, value in seeds.items() if value is not None}
+
+
+def _plate_dims(target: Target | None, examples: dict[str, np.ndarray]) -> dict[str, list[str]]:
+    """{"theta": ["schools"]}: as ArviZ's dims, names for those axes of a model's values that lie in plates."""
+    dims = {}
+    for name, plates in (_plates(target, examples) if isinstance(target, PyroModel) else {}).items():
+        axes = range(examples[name].ndim)
+        if plates and not {"chain", "draw"} & {*plates.values()}:
+            dims[name] = [plates.get(axis, f"{name}_dim_{axis}") for axis in axes]
+    return dims
+
+
+def _plates(model: PyroModel, examples: dict[str, np.ndarray]) -> dict[str, dict[int, str]]:
+    """{"theta": {0: "schools"}}: which axes of a model's values are plates, as one run from the prior shows."""
+    try:
+        with seeded(0):
+            nodes = model._run.prior().nodes
+    except NUMERICAL:  # names are a convenience
+        return {}
+    found: dict[str, dict[int, str]] = {}
+    for name, example in examples.items():
+        node = nodes.get(name, {"type": "", "fn": None, "cond_indep_stack": ()})
+        event_dim = 0 if is_deterministic(node) else getattr(node["fn"], "event_dim", 0)
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+        axes = {example.ndim - event_dim + frame.dim: frame for frame in frames}
+        found[name] = {i: f.name for i, f in axes.items() if i >= 0 and example.shape[i] == f.size}
+    return found
