@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_flows.flows import recipes
 from vi_flows.flows.bases import GaussianMixture, StandardNormal, StudentT
@@ -12,7 +13,7 @@ from vi_flows.flows.coupling import Coupling
 from vi_flows.flows.distribution import NotConverged
 from vi_flows.flows.inversion import monotone_root, where_converged
 from vi_flows.flows.linear import LU, FullAffine, LowerTriangular, Permutation
-from vi_flows.flows.lowrank import Planar
+from vi_flows.flows.lowrank import Planar, TanhRecurrence
 from vi_flows.flows.parameters import Fixed
 from vi_flows.flows.splines import RationalQuadratic
 from vi_flows.flows.univariate import Affine
@@ -188,6 +189,62 @@ def test_spline_is_continuously_differentiable_at_its_knots():
     below, above = (spline.forward_and_logdet(knots + step) for step in (-1e-10, 1e-10))
     torch.testing.assert_close(below[0], above[0], rtol=0, atol=1e-7)
     torch.testing.assert_close(below[1], above[1], rtol=0, atol=1e-5)
+
+
+def test_planar_layers_one_by_one():
+    """A stack computed in the span of its directions is the layers of eq. 10, one after the other."""
+    u, w, b = torch.randn(5, 3).double(), torch.randn(5, 3).double(), torch.randn(5).double()
+    stack, z = Planar(u, w, b, layers=5), torch.randn(7, 3).double()
+    x, total = z, torch.zeros(7).double()
+    for k in range(5):
+        tanh = torch.tanh(x @ w[k] + b[k])
+        total = total + torch.log1p((1 - tanh**2) * (stack.u_hat[k] @ w[k]))
+        x = x + tanh[:, None] * stack.u_hat[k]
+    for got, expected in zip(stack.forward_and_logdet(z), (x, total), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (6,), (2, 3)])
+@pytest.mark.parametrize("amortized", [False, True])
+def test_tanh_recurrence(batch, amortized):
+    """Its written-out gradient, once and twice, and row by row under vmap."""
+    s = torch.randn(4, *batch).double().requires_grad_()
+    full = torch.randn(*(batch if amortized else [1] * len(batch)), 4, 4).double().requires_grad_()
+
+    def recurrence(s, full):
+        return TanhRecurrence.apply(s, full.tril(-1).movedim((-2, -1), (0, 1)))
+
+    assert torch.autograd.gradcheck(recurrence, (s, full))
+    assert torch.autograd.gradgradcheck(recurrence, (s, full))
+    h = torch.zeros_like(s)
+    for _ in range(4):  # each pass fixes one more row
+        h = torch.tanh(s + (full.tril(-1).movedim((-2, -1), (0, 1)) * h).sum(1))
+    torch.testing.assert_close(recurrence(s, full), h)
+    if batch == (6,) and not amortized:
+        single = torch.vmap(recurrence, (1, None), 1)(s, full[0])
+        torch.testing.assert_close(single, h)
+
+
+@pytest.mark.parametrize("name", ["planar", "spline", "iaf", "spline_autoregressive"])
+def test_a_training_step_is_captured(name):
+    """make_fx takes loss and gradient of a path-gradient step as one graph, right at other parameters and noise."""
+    flow = getattr(recipes, name)(3).double()
+    start = {key: value.detach() for key, value in flow.named_parameters()}
+
+    def loss(parameters, noise):
+        x, _ = torch.func.functional_call(flow, parameters).from_noise(noise)
+        held = {key: value.detach() for key, value in parameters.items()}
+        z, logdet = torch.func.functional_call(flow, held).bijection.inverse_and_logdet(x)
+        return (flow.base.log_prob(z) + logdet + (x - 1).square().sum(-1)).mean()
+
+    step, noise = torch.func.grad_and_value(loss), torch.randn(5, 3).double()
+    graph = make_fx(step)(start, noise)
+    other = {key: value + 0.1 * torch.randn_like(value) for key, value in start.items()}
+    noise = torch.randn(5, 3).double()
+    torch.testing.assert_close(graph(other, noise), step(other, noise))
+    leaves = {key: value.clone().requires_grad_() for key, value in other.items()}
+    expected = torch.autograd.grad(loss(leaves, noise), list(leaves.values()))
+    torch.testing.assert_close(list(graph(other, noise)[0].values()), list(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -71,9 +71,9 @@ def same_draws(a, b, n=5):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def fresh(seed, flow="spline"):
+def fresh(seed, flow="spline", name="AutoFlow"):
     torch.manual_seed(seed)
-    return vf.AutoFlow(mixed, flow, Y, locate=False)
+    return vf.AutoFlow(mixed, flow, Y, locate=False, name=name)
 
 
 @pytest.mark.parametrize("flow", ["auto", "planar", "iaf", lambda d: vf.recipes.sylvester(d, layers=2)])
@@ -136,7 +136,7 @@ def test_predictive(parallel):
 
 
 def test_state_dict_gives_the_same_draws():
-    one, other = fresh(0), fresh(1)
+    one, other = fresh(0), fresh(1, name="other")
     trained(one, mixed, Y, steps=5)
     assert not same_draws(one, other)
     file = io.BytesIO()
@@ -154,9 +154,11 @@ def test_deepcopy_is_apart_and_pickle_leaves_the_original_whole():
     with torch.no_grad():
         next(other.flow.parameters()).add_(0.1)
     assert not same_draws(one, other)
-    pickle.dumps(fresh(1).state_dict())
-    assert one.model is not None
+    again = pickle.loads(pickle.dumps(one))
+    with pytest.warns(UserWarning, match="parameters from Pyro's"):
+        assert same_draws(one, again) and one.model is other.model
     one(Y)
+    again(Y)
 
 
 def test_pyros_parameter_store_gives_the_same_draws(tmp_path):
@@ -167,16 +169,27 @@ def test_pyros_parameter_store_gives_the_same_draws(tmp_path):
     other = fresh(1)
     pyro.get_param_store().load(tmp_path / "store.pt", map_location="cpu")
     with pytest.warns(UserWarning, match="parameters from Pyro's parameter store"):
-        other(Y)
+        assert same_draws(one, other)  # before any call
+    other(Y)
     assert same_draws(one, other)
     before = other.draws(3)["scale"]
     trained(other, mixed, Y, steps=3)  # what is optimised is what is drawn from
     assert not torch.equal(before, other.draws(3)["scale"])
 
 
+def test_a_store_for_other_data_is_refused(tmp_path):
+    trained(vf.AutoFlow(conjugate, "gaussian", Y), conjugate, Y, steps=2)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    other = vf.AutoFlow(conjugate, "gaussian", Y + 5)  # its whitening is another
+    pyro.get_param_store().load(tmp_path / "store.pt", map_location="cpu")
+    with pytest.raises(ValueError, match=r"\(constants differs\), with other data or options; .* load a state_dict"):
+        other.median()
+
+
 def test_another_guides_parameters_are_refused():
     trained(fresh(0), mixed, Y, steps=1)
-    with pytest.raises(ValueError, match=r"guide: expected AutoFlow.flow .*; call pyro.clear_param_store"):
+    with pytest.raises(ValueError, match=r"guide: expected the parameters of AutoFlow.flow .* pyro.clear_param_store"):
         vf.AutoFlow(conjugate, "spline", Y, locate=False)(Y)
     vf.AutoFlow(conjugate, "spline", Y, locate=False, name="other")(Y)
 
@@ -214,7 +227,7 @@ def test_warm_start_from_a_guide_needs_one_with_a_flow():
 
 def test_another_models_posterior_is_refused():
     posterior = vf.fit(conjugate, Y, steps=0, progress=False, num_draws=500)
-    with pytest.raises(ValueError, match="flow: expected a Posterior with a flow of dim 9"):
+    with pytest.raises(ValueError, match="flow: expected a Posterior of dim 9"):
         vf.AutoFlow(mixed, posterior, Y)
     guide = vf.AutoFlow(conjugate, "planar", Y, locate=False)
     with pytest.raises(ValueError, match="latent sites"):
@@ -233,6 +246,19 @@ def test_medians_and_quantiles_have_the_shapes_of_sites():
         guide.quantiles([1.5])
 
 
+def test_the_path_gradient_vanishes_at_the_posterior():
+    pull = {}
+    for path in (False, True):
+        guide = vf.AutoFlow(conjugate, "gaussian", Y, path=path, dtype=torch.float64, name=f"path{path}")
+        guide.flow.layers[0].own["matrix"].data.zero_()
+        guide.flow.layers[0].own["shift"].data.zero_()  # what is left is the located Gaussian: the posterior
+        loss = Trace_ELBO(num_particles=20, vectorize_particles=True).differentiable_loss(conjugate, guide, Y.double())
+        assert loss.item() == pytest.approx(-LOG_Z, abs=1e-3)
+        loss.backward()
+        pull[path] = max(float(p.grad.abs().max()) for p in guide.flow.parameters())
+    assert pull[True] < 1e-2 * pull[False]
+
+
 def test_subsampled_data_can_be_trained():
     data = torch.randn(200) + 1
 
@@ -249,9 +275,7 @@ def test_subsampled_data_can_be_trained():
 
 
 def test_part_of_a_guide_list():
-    guide = AutoGuideList(mixed)
-    guide.append(vf.AutoFlow(pyro.poutine.block(mixed, expose=["scale", "share"]), "planar", Y, locate=False))
-    guide.append(AutoNormal(pyro.poutine.block(mixed, expose=["b"])))
+    guide = guide_list_with_flow(mixed)
     assert all(map(math.isfinite, trained(guide, mixed, Y, steps=3)))
 
 
@@ -282,6 +306,13 @@ def test_an_exact_guide_is_reliable(make):
     assert posterior.log_evidence == pytest.approx(LOG_Z, abs=1e-3) and posterior.elbo == pytest.approx(LOG_Z, abs=1e-4)
     assert posterior.ess == pytest.approx(1000, rel=1e-3) and posterior.khat == 0
     assert posterior.sample(2000, seed=0)["mu"].mean().item() == pytest.approx(MEAN, abs=4 * SD / 2000**0.5)
+
+
+def guide_list_with_flow(model):
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(pyro.poutine.block(model, expose=["b"])))
+    guide.append(vf.AutoFlow(pyro.poutine.block(model, expose=["scale", "share"]), "planar", Y, locate=False))
+    return guide
 
 
 def guide_list(model):
@@ -331,7 +362,7 @@ def test_a_collapsed_guide_is_unreliable():
 
 
 REFUSED = {
-    "a point": (lambda: AutoDelta(mixed), "density cannot be told"),
+    "a point": (lambda: AutoDelta(mixed), "got a point estimate"),
     "structured": (lambda: AutoStructured(mixed), "density cannot be told"),
     "planar": (
         lambda: AutoNormalizingFlow(mixed, partial(transforms.iterated, 1, transforms.planar)),
@@ -353,12 +384,67 @@ def test_what_cannot_be_scored_is_refused_in_one_line(case):
     assert "\n" not in str(caught.value) and str(caught.value).startswith("guide: expected")
 
 
+def test_more_of_what_is_refused():
+    def of_another_shape(y):
+        pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def outside(y):
+        pyro.sample("scale", dist.Normal(-3.0, 0.1))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("b", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+
+    masked = pyro.poutine.mask(by_hand, mask=False)
+    scaled = pyro.poutine.scale(by_hand, scale=0.5)
+    cases = [
+        (of_another_shape, conjugate, "site 'mu' to have shape"),
+        (outside, mixed, "draws of 'scale' in its support"),
+        (masked, conjugate, "poutine.scale or poutine.mask"),
+        (scaled, conjugate, "poutine.scale or poutine.mask"),
+        (lambda: None, conjugate, "guide: expected arguments"),
+    ]
+    for guide, model, words in cases:
+        with pytest.raises((ValueError, TypeError), match=words):
+            vf.diagnose(guide, model, Y, progress=False)
+
+
+def test_a_diagnosed_guide_can_be_trained_on():
+    guide = guide_list_with_flow(mixed)
+    trained(guide, mixed, Y, steps=2)
+    before = {name: (id(p), p.requires_grad) for name, p in guide.named_parameters()}
+    vf.diagnose(guide, mixed, Y, progress=False, num_draws=500)
+    assert before == {name: (id(p), p.requires_grad) for name, p in guide.named_parameters()}
+    values = [p.detach().clone() for p in guide.parameters()]
+    trained(guide, mixed, Y, steps=2)
+    assert not any(torch.equal(p, q) for p, q in zip(guide.parameters(), values, strict=True))
+
+
+def test_a_missed_dependence_is_not_called_reliable():
+    cov = torch.tensor([[1.0, 0.7], [0.7, 1.0]])
+
+    def model():
+        pyro.sample("a", dist.MultivariateNormal(torch.zeros(2), cov))
+
+    def independent():
+        pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    posterior = vf.diagnose(independent, model, progress=False, num_draws=1000)
+    checks = {check.name: check for check in posterior.verdict.checks}
+    assert posterior.verdict.status == "corrected" and not checks["divergence"].passed and checks["own draws"].passed
+    # KL of the independent normals to the correlated ones: log|C|/2 + tr(C⁻¹)/2 − 1
+    kl = 0.5 * math.log(1 - 0.49) + 1 / (1 - 0.49) - 1
+    assert posterior.log_evidence - posterior.elbo == pytest.approx(kl, abs=0.02)
+    with pytest.raises(ValueError, match="cannot be trained on"):
+        vf.fit(model, init=posterior, progress=False)
+    with pytest.raises(ValueError, match="flow of its own"):
+        vf.AutoFlow(model, posterior)
+
+
 def test_a_random_extra_site_is_refused():
     def guide(y):
         shift = pyro.sample("shift", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         pyro.sample("mu", dist.Normal(shift, 1.0))
 
-    with pytest.raises(ValueError, match="density cannot be told"):
+    with pytest.raises(ValueError, match="random numbers beside the latent sites"):
         vf.diagnose(guide, conjugate, Y, progress=False)
 
 

@@ -15,14 +15,16 @@ Not matched, each package keeping its own:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import vi_flows as vf
+from vi_flows.flows.autoregressive import Autoregressive
 from vi_flows.flows.coupling import Coupling
 from vi_flows.flows.distribution import Flow
 from vi_flows.flows.splines import rational_quadratic
@@ -41,11 +43,11 @@ HIDDEN, BINS, BOUND, RANK = (64, 64), 8, 5.0, 8
 
 
 class Model(NamedTuple):
-    """What is timed: draw(n) -> x (n, dim) and log q (n), with gradients; log_prob(x) of any x, None if there is none."""
+    """What is timed: draw(n) -> x (n, dim) and log q (n), with gradients; log_prob(x) of any x, or an exception."""
 
     parameters: Sequence[Tensor]
     draw: Callable[[int], tuple[Tensor, Tensor]]
-    log_prob: Callable[[Tensor], Tensor] | None
+    log_prob: Callable[[Tensor], Tensor]
 
 
 class Net(nn.Sequential):
@@ -53,9 +55,7 @@ class Net(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int):
         widths = [inputs, *HIDDEN]
-        layers = [
-            m for a, b in zip(widths[:-1], widths[1:], strict=True) for m in (nn.Linear(a, b), nn.ReLU(inplace=False))
-        ]
+        layers = [module for a, b in itertools.pairwise(widths) for module in (nn.Linear(a, b), nn.ReLU())]
         super().__init__(*layers, nn.Linear(widths[-1], outputs))
         self.hidden_features = HIDDEN[-1]  # by its root nflows and normflows scale bins
 
@@ -68,53 +68,49 @@ def halves(dim: int, i: int) -> list[bool]:
     return [j % 2 != i % 2 for j in range(dim)]
 
 
-def ours(family: str, dim: int) -> Model:
+def plain_flow(family: str, dim: int) -> Flow:
     """The recipe without what it adds to the textbook flow: mixing, the affines after splines and at the end."""
+    spline = rational_quadratic(BINS, BOUND)
     if family == "spline":
-        univariate = rational_quadratic(BINS, BOUND)
-        layers = [Coupling(halves(dim, i), univariate, HIDDEN) for i in range(LAYERS[family])]
-        return _ours(Flow(layers, vf.recipes.diagonal(dim).base))
-    if family == "spline_autoregressive":
-        from vi_flows.flows.autoregressive import Autoregressive
-
-        univariate = rational_quadratic(BINS, BOUND)
+        layers = [Coupling(halves(dim, i), spline, HIDDEN) for i in range(LAYERS[family])]
+    elif family == "spline_autoregressive":
         orders = [range(dim), range(dim - 1, -1, -1)]
-        layers = [Autoregressive(orders[i % 2], univariate, HIDDEN) for i in range(LAYERS[family])]
-        return _ours(Flow(layers, vf.recipes.diagonal(dim).base))
-    flow = _recipe(family, dim)
-    return _ours(Flow(list(flow.layers)[:-1], flow.base))
+        layers = [Autoregressive(orders[i % 2], spline, HIDDEN) for i in range(LAYERS[family])]
+    else:
+        layers = list(recipe_flow(family, dim).layers)[:-1]
+    return Flow(layers, vf.bases.StandardNormal(dim))
 
 
-def recipe(family: str, dim: int) -> Model:
-    """The recipe as ``fit`` uses it."""
-    return _ours(_recipe(family, dim))
-
-
-def _recipe(family: str, dim: int) -> Flow:
+def recipe_flow(family: str, dim: int) -> Flow:
+    """The recipe as ``fit`` uses it, but for the number of layers."""
     return getattr(vf.recipes, family)(dim, layers=LAYERS[family])
 
 
+def ours(family: str, dim: int) -> Model:
+    return _ours(plain_flow(family, dim))
+
+
+def recipe(family: str, dim: int) -> Model:
+    return _ours(recipe_flow(family, dim))
+
+
 def _ours(flow: Flow) -> Model:
-    return Model(
-        list(flow.parameters()), lambda n: flow().rsample_and_log_prob((n,)), lambda value: flow().log_prob(value)
-    )
+    return Model(list(flow.parameters()), lambda n: flow().rsample_and_log_prob((n,)), lambda x: flow().log_prob(x))
 
 
-def pyro(family: str, dim: int) -> Model:
-    import pyro.distributions as dist
+def pyro_transforms(family: str, dim: int) -> list[Any]:
     import pyro.distributions.transforms as T
-    from pyro.nn import AutoRegressiveNN
+    from pyro.nn import AutoRegressiveNN, DenseNN
 
-    split, k, hidden = dim // 2, LAYERS[family], list(HIDDEN)
+    split, hidden = dim // 2, list(HIDDEN)
+    numbers = [BINS, BINS, BINS - 1]
 
     def spline_coupling() -> nn.Module:
-        sizes = [(dim - split) * n for n in (BINS, BINS, BINS - 1)]
-        net = T.spline_coupling(dim, split, hidden, BINS, BOUND).upper_spline.nn  # for its DenseNN
-        net = type(net)(split, hidden, param_dims=sizes)
+        net = DenseNN(split, hidden, param_dims=[(dim - split) * n for n in numbers])
         return T.SplineCoupling(dim, split, net, BINS, BOUND, order="quadratic", identity=True)
 
     def spline_autoregressive() -> nn.Module:
-        net = AutoRegressiveNN(dim, hidden, param_dims=[BINS, BINS, BINS - 1])
+        net = AutoRegressiveNN(dim, hidden, param_dims=numbers)
         return T.SplineAutoregressive(dim, net, BINS, BOUND, order="quadratic")
 
     make = {
@@ -124,17 +120,23 @@ def pyro(family: str, dim: int) -> Model:
         "realnvp": lambda: T.affine_coupling(dim, hidden, split),
         "spline": spline_coupling,
         "iaf": lambda: T.affine_autoregressive(dim, hidden),
-        "maf": lambda: T.affine_autoregressive(dim, hidden),
+        "maf": lambda: T.affine_autoregressive(dim, hidden).inv,
         "spline_autoregressive": spline_autoregressive,
     }[family]
-    modules = nn.ModuleList(make() for _ in range(k))
-    transforms: list = []
-    for module in modules:
-        transforms.append(module.inv if family == "maf" else module)
+    transforms: list[Any] = []
+    for _ in range(LAYERS[family]):
+        transforms.append(make())
         if family in ("realnvp", "spline", "iaf", "maf", "spline_autoregressive"):
             transforms.append(T.Permute(torch.arange(dim - 1, -1, -1)))
-    base = dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1)
-    q = dist.TransformedDistribution(base, transforms)
+    return transforms
+
+
+def pyro(family: str, dim: int) -> Model:
+    import pyro.distributions as dist
+
+    transforms = pyro_transforms(family, dim)
+    modules = nn.ModuleList(m for t in transforms for m in (t, t.inv) if isinstance(m, nn.Module))
+    q = dist.TransformedDistribution(dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1), transforms)
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
         x = q.rsample((n,))

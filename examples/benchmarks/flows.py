@@ -9,6 +9,8 @@ affine maps and, for splines, LU layers.
 step      draws with log q, the mean of log q − log p for a correlated Gaussian p, its gradient, one fused Adam step
 draw      draws with log q, no gradient; for MAF, D dependent steps
 log_prob  log q of given values, no gradient; for IAF and autoregressive splines, D dependent steps
+svi       a step of Pyro's SVI with Trace_ELBO, its particles vectorized, on a hierarchical normal model of D latents:
+          AutoFlow beside AutoNormalizingFlow
 
 All contestants take turns in every round, in one process on one thread. A time is the median over the rounds of the
 process's CPU time, in ms; the ratio is that of the best peer to ours, and in brackets its range over the rounds.
@@ -25,12 +27,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
-from flow_peers import LAYERS, PEERS, Model, ours, recipe
+from flow_peers import LAYERS, PEERS, Model, ours, plain_flow, pyro_transforms, recipe, recipe_flow
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormalizingFlow
 from torch import Tensor
 
+import vi_flows as vf
+
 CONTESTANTS = {"ours": ours, "recipe": recipe, **PEERS}
-OPERATIONS = ("step", "draw", "log_prob")
+OPERATIONS = ("step", "draw", "log_prob", "svi")
+SVI_FAMILIES = ("planar", "realnvp", "spline", "iaf")
 SECONDS, MOST = 0.04, 200  # one contestant's turn in a round, and its number of repeats
 
 
@@ -73,10 +82,13 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row per operation: CPU milliseconds of each contestant in each round; why a contestant is missing."""
     runs: dict[str, dict[str, Callable[[], Any]]] = {operation: {} for operation in OPERATIONS}
+    pyro.clear_param_store()
     for name, build in CONTESTANTS.items():
         torch.manual_seed(seed)
         try:
             operations = prepare(build(family, dim), dim, batch)
+            if family in SVI_FAMILIES and name in ("ours", "recipe", "pyro"):
+                operations["svi"] = svi_step(name, family, dim, batch)
         except Exception as error:  # peers differ in what they raise for what they lack
             reasons[name, family, ""] = reason(error)
             continue
@@ -87,13 +99,20 @@ def compare(
             except Exception as error:
                 reasons[name, family, operation] = reason(error)
     return [
-        {"family": family, "operation": operation, "dim": dim, "batch": batch, "ms": take_turns(runs[operation], rounds)}
+        {
+            "family": family,
+            "operation": operation,
+            "dim": dim,
+            "batch": batch,
+            "ms": take_turns(runs[operation], rounds),
+        }
         for operation in OPERATIONS
+        if runs[operation]
     ]
 
 
 def prepare(model: Model, dim: int, batch: int) -> dict[str, Callable[[], Any]]:
-    """The operations on one model; an Adam that is fused for everyone, so that flows and not optimizers are compared."""
+    """The operations on one model; Adam is fused for everyone, so that flows and not optimizers are compared."""
     optimizer = torch.optim.Adam(model.parameters, 1e-3, fused=True)
     values = torch.randn(batch, dim)
 
@@ -108,6 +127,24 @@ def prepare(model: Model, dim: int, batch: int) -> dict[str, Callable[[], Any]]:
         "draw": torch.no_grad()(lambda: model.draw(batch)),
         "log_prob": torch.no_grad()(lambda: model.log_prob(values.clone())),  # a clone: no cache knows it
     }
+
+
+def svi_step(name: str, family: str, dim: int, particles: int) -> Callable[[], Any]:
+    """A step of SVI whose guide is that contestant's."""
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        with pyro.plate("groups", dim - 1):
+            theta = pyro.sample("theta", dist.Normal(loc, 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.linspace(-1.0, 2.0, dim - 1))
+
+    if name == "pyro":
+        guide = AutoNormalizingFlow(model, lambda n: dist.transforms.ComposeTransformModule(pyro_transforms(family, n)))
+    else:
+        flow = plain_flow(family, dim) if name == "ours" else recipe_flow(family, dim)
+        guide = vf.AutoFlow(model, flow, locate=False, name=name)
+    elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
+    return SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo).step
 
 
 def log_p(x: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from .bijection import Bijection, Layer
 from .networks import REACH, Conditioner, Network, autoregressive_degrees
 from .univariate import Univariate
 
+CHEAP = 2  # raw numbers a coordinate, up to which a univariate costs less than its network (affine, not splines)
+MANY = 16  # coordinates, from which on a few passes of the whole network are cheaper than a sweep
+
 
 class AutoregressiveBijection(Bijection):
     """x_i = univariate(z_i; raw_i(z_<i, context)): one network pass forward, a sweep over the coordinates back."""
@@ -23,7 +26,32 @@ class AutoregressiveBijection(Bijection):
         return self.layer.univariate(self.network(z)).forward_and_logdet(z)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each hidden unit is computed once, as soon as the coordinates that it sees are known."""
+        many = x.shape[-1] >= MANY and self.layer.univariate.count <= CHEAP
+        if many and not torch.is_grad_enabled():
+            found = self.settled(x)
+            if found is not None:
+                return found
+        return self.swept(x)
+
+    def settled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """z as the fixed point of z ← univariate(raw(z))⁻¹(x), from z = x, or None if it is not soon reached.
+
+        A pass makes one more coordinate exact, and brings the others closer (Song et al. 2021): where the coupling is
+        mild, few passes do for all. Without a graph only: the passes' gradients are not those of the fixed point.
+        """
+        close = {"rtol": 4 * torch.finfo(x.dtype).eps, "atol": 4 * torch.finfo(x.dtype).eps}
+        z = x
+        for _ in range(x.shape[-1] // 3):
+            before, (z, logdet) = z, self.layer.univariate(self.network(z)).inverse_and_logdet(x)
+            try:
+                if z.shape == before.shape and torch.allclose(z, before, **close):
+                    return z, logdet
+            except RuntimeError:  # inside vmap or a capture no value can be read
+                return None
+        return None
+
+    def swept(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z coordinate by coordinate: each hidden unit is computed once, when what it sees is known."""
         layer, dim = self.layer, x.shape[-1]
         batch = torch.broadcast_shapes(x.shape[:-1], self.network.biases[0].shape[:-1])
         columns = x.expand(*batch, dim).reshape(-1, dim).split(1, -1)
@@ -39,17 +67,15 @@ class AutoregressiveBijection(Bijection):
 
 
 class Sweep:
-    """The conditioner evaluated in degree order, for rows (N, ...): what is new at a step is added to the sums it feeds.
+    """The conditioner evaluated in degree order, for N rows: what is new at a step is added to the sums it feeds.
 
     ``sums`` (N, width) are the hidden units before silu. Units sorted by degree make the new ones a block. Those that
     are not complete hold part of their sum: the masks give them no weight in what depends on complete ones only.
     """
 
     def __init__(self, layer: Autoregressive, network: Network, batch: Sequence[int]):
-        order, dim = torch.as_tensor(layer.order), len(layer.order)
+        order, self.sizes = torch.as_tensor(layer.order), layer.sizes
         self.sums = [bias.expand(*batch, -1).reshape(-1, bias.shape[-1]) for bias in network.biases[:-1]]
-        degrees = [autoregressive_degrees(dim, width) for width in layer.hidden]
-        self.sizes = [torch.bincount(d, minlength=dim).tolist() for d in degrees]
         # the weights that a new coordinate, or new units, have in the next layer
         self.blocks = [network.weights[0].mT[order].split(1)]
         for weight, sizes in zip(network.weights[1:-1], self.sizes[:-1], strict=True):
@@ -57,7 +83,7 @@ class Sweep:
         # rows of the last layer are (count, coordinate): gather them by coordinate, in order
         self.last = network.weights[-1].unflatten(0, (network.count, -1))[:, order].unbind(1)
         self.last_bias = network.biases[-1].unflatten(0, (network.count, -1))[:, order].unsqueeze(-1).unbind(1)
-        self.complete = [0] * len(layer.hidden)
+        self.complete = [0] * len(self.sizes)
         self.step = 0
 
     def next(self, previous: Tensor | None) -> Tensor:
@@ -84,9 +110,13 @@ class Autoregressive(Layer):
 
     def __init__(self, order: Sequence[int], univariate: Univariate, hidden: Sequence[int], context: int | None = None):
         super().__init__()
-        self.order, self.hidden, self.univariate = tuple(order), tuple(hidden), univariate
+        self.order, self.univariate = tuple(order), univariate
         self.register_buffer("position", torch.as_tensor(self.order).argsort())
-        self.conditioner = Conditioner(len(order), len(order), univariate.count, hidden, context, order)
+        dim = len(self.order)
+        self.conditioner = Conditioner(dim, dim, univariate.count, hidden, context, order)
+        # how many units of each hidden layer have each degree
+        degrees = [autoregressive_degrees(dim, width) for width in hidden]
+        self.sizes = [torch.bincount(degree, minlength=dim).tolist() for degree in degrees]
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return AutoregressiveBijection(self, self.conditioner(context))

@@ -24,10 +24,10 @@ def above_minus_one(raw: Tensor) -> Tensor:
 
 
 class TanhRecurrence(torch.autograd.Function):
-    """h_k = tanh(s_k + Σ_{j<k} g_kj h_j) for k = 1..K: s (K, \\*batch), g (K, K, \\*batch or ones), strictly lower -> h.
+    """h_k = tanh(s_k + Σ_{j<k} g_kj h_j) for k = 1..K: s (K, \\*batch), g (K, K, \\*batch or ones) -> h.
 
-    The gradient is the same recurrence run backwards, a_k = (1 − h_k²) (dh_k + Σ_{j>k} g_jk a_j), ds = a, dg = a hᵀ:
-    written out because autograd would take several small steps for each of these.
+    The gradient is the same recurrence run backwards, a_k = (1 − h_k²) (dh_k + Σ_{j>k} g_jk a_j), ds = a, dg = a hᵀ
+    (g is taken to be strictly lower): written out because autograd takes several small steps for each of these.
     """
 
     generate_vmap_rule = True

@@ -70,31 +70,23 @@ class Conditioner(nn.Module):
         order: Sequence[int] | None = None,
     ):
         super().__init__()
-        if (
-            not isinstance(hidden, Sequence)
-            or not hidden
-            or any(not isinstance(width, int) or width < 1 for width in hidden)
-        ):
-            raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")
-        self.features, self.count = features, count
-        widths = [*hidden, features * count]
-        masks = itertools.repeat(None) if order is None else self.masks(order, hidden)
-        fan_in = [inputs, *hidden]
-        start = [torch.randn(m, n) for m, n in zip(widths, fan_in, strict=True)]
-        biases = [torch.randn(m) for m in widths]
-        start[-1], biases[-1] = START_SD * start[-1], START_SD * biases[-1]
-        scale = [
-            torch.full_like(weight, max(n, 1) ** -0.5) * (1 if mask is None else mask)
-            for weight, n, mask in zip(start, fan_in, masks, strict=False)
+        _check(hidden)
+        self.features, self.count, self.layers = features, count, len(hidden) + 1
+        fan_in, fan_out = [inputs, *hidden], [*hidden, features * count]
+        weights = [torch.randn(m, n) for m, n in zip(fan_out, fan_in, strict=True)]
+        biases = [torch.randn(m) for m in fan_out]
+        weights[-1], biases[-1] = START_SD * weights[-1], START_SD * biases[-1]
+        masks = [1] * self.layers if order is None else self.masks(order, hidden)
+        scales = [
+            mask * torch.ones_like(w) * max(w.shape[1], 1) ** -0.5 for mask, w in zip(masks, weights, strict=True)
         ]
         if context is not None:
-            start.append(torch.randn(hidden[0], context))
-            scale.append(torch.full_like(start[-1], context**-0.5))
-        self.shapes = [tensor.shape for tensor in [*start, *biases]]
-        self.layers = len(widths)
+            weights.append(torch.randn(hidden[0], context))
+            scales.append(torch.full_like(weights[-1], context**-0.5))
+        self.shapes = [tensor.shape for tensor in [*weights, *biases]]
         # all weights and biases in one vector: one product scales and masks them, one gradient comes back
-        self.vector = nn.Parameter(torch.cat([tensor.reshape(-1) for tensor in [*start, *biases]]))
-        scale = torch.cat([tensor.reshape(-1) for tensor in [*scale, *(torch.ones_like(bias) for bias in biases)]])
+        self.vector = nn.Parameter(torch.cat([tensor.reshape(-1) for tensor in [*weights, *biases]]))
+        scale = torch.cat([tensor.reshape(-1) for tensor in [*scales, *(torch.ones_like(bias) for bias in biases)]])
         # rounded so that it is the same number in every dtype
         self.register_buffer("scale", scale.bfloat16().to(scale.dtype), persistent=False)
 
@@ -113,3 +105,12 @@ class Conditioner(nn.Module):
         if context is not None:
             biases[0] = linear(context, tensors[self.layers], biases[0])
         return Network(weights, biases, self.count, self.features)
+
+
+def _check(hidden: Sequence[int]) -> None:
+    if (
+        not isinstance(hidden, Sequence)
+        or not hidden
+        or any(not isinstance(width, int) or width < 1 for width in hidden)
+    ):
+        raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")

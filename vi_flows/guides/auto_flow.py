@@ -22,6 +22,7 @@ from ..flows.parameters import Fixed
 from ..inference.fit import FlowChoice, resolve_flow
 from ..inference.initialise import locate, start_points
 from ..inference.posterior import Posterior, seeded
+from ..inference.weights import held_log_prob
 from ..targets import PyroModel
 
 DRAWS = 10_000  # from which medians and quantiles are taken
@@ -41,8 +42,10 @@ class AutoFlow(AutoContinuous):
             svi.step(y, sigma)
         posterior = vf.diagnose(guide, model, y, sigma)
 
-    With the model's arguments the guide's parameters exist at once, so that ``state_dict`` and Pyro's parameter store
-    can be loaded into a new guide; without them they are made at the first call, as those of Pyro's own guides are.
+    With the model's arguments the guide's parameters exist at once, so that a ``state_dict`` or Pyro's parameter store
+    can be loaded into a new guide (made with the same arguments and options); without them they are made at the first
+    call, as those of Pyro's own guides are. A deepcopy is a guide of its own, of another name. SVI at a constant rate
+    leaves noise in the tails, which the diagnosis sees: let the rate decay, or finish by ``vf.fit(..., init=guide)``.
 
     Parameters
     ----------
@@ -53,6 +56,8 @@ class AutoFlow(AutoContinuous):
     locate: put a flow that is new on top of the Gaussian that locating finds (Pathfinder, Laplace, Gaussian VI), as fit
         does: without it, scale and position are left to SVI. Seconds; a model that cannot be located (subsampling)
         starts at the standard normal, with a warning.
+    path: score a draw with the parameters held, so that SVI follows the path gradient (sticking the landing: Roeder, Wu
+        & Duvenaud 2017), whose noise vanishes as q nears p. Right for Trace_ELBO only, at about twice the cost a step.
     dtype: of the parameters and latent values, torch's default dtype unless given.
     name: the prefix of the parameters' names in Pyro's store.
 
@@ -67,6 +72,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowChoice | Posterior | AutoFlow = "auto",
         *args: Any,
         locate: bool = True,
+        path: bool = False,
         dtype: torch.dtype | None = None,
         name: str = "AutoFlow",
         **kwargs: Any,
@@ -74,7 +80,7 @@ class AutoFlow(AutoContinuous):
         super().__init__(model, init_loc_fn=init_to_feasible)
         self._pyro_name = name
         self._plain_model, self._choice, self._locate = (model,), (flow,), locate
-        self._dtype = dtype or torch.get_default_dtype()
+        self._dtype, self._path = dtype or torch.get_default_dtype(), path
         self._warned = False
         if isinstance(flow, str):
             resolve_flow(flow, 1)  # a mistake in it is told at once
@@ -82,6 +88,8 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self._model is None:
+            raise ValueError("guide: expected a model, got a guide unpickled before it was ever called; make it anew")
         super()._setup_prototype(*args, **kwargs)
         choice = self._choice[0]
         self._choice = (None,)
@@ -92,8 +100,8 @@ class AutoFlow(AutoContinuous):
     def _start(self, choice: Any, *args: Any, **kwargs: Any) -> Flow:
         """The flow to begin with, on the Gaussian that locating finds where that is asked for."""
         if isinstance(choice, AutoFlow):
-            choice._check_sites(self.sites())
-            return copy.deepcopy(choice.flow)
+            choice.check_sites(self)
+            return copy.deepcopy(choice.current())
         if isinstance(choice, Posterior):
             return self._from_posterior(choice)
         located = None
@@ -107,7 +115,7 @@ class AutoFlow(AutoContinuous):
         try:
             with seeded(0):
                 target = PyroModel(self._plain_model[0], *args, **kwargs)
-                self._check_sites(sites_of(target))
+                self.check_sites(target)
                 best = locate(target, start_points(target)).best
         except ValueError as error:
             warnings.warn(f"AutoFlow: starts at the standard normal, for the model cannot be located ({error})")
@@ -115,12 +123,15 @@ class AutoFlow(AutoContinuous):
         return Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
 
     def _from_posterior(self, posterior: Posterior) -> Flow:
-        if posterior.flow is None or posterior.dim != self.latent_dim:
+        if posterior.flow is None or not any(True for _ in posterior.flow.parameters()):
+            raise ValueError("flow: expected a Posterior with a flow of its own, got one without; fit it by vf.fit")
+        if posterior.dim != self.latent_dim:
             raise ValueError(
-                f"flow: expected a Posterior with a flow of dim {self.latent_dim}, as this model has, got {posterior!r}"
+                f"flow: expected a Posterior of dim {self.latent_dim}, as this model has, got {posterior.dim}; "
+                "it must come from the same model"
             )
         if isinstance(posterior.target, PyroModel):
-            self._check_sites(sites_of(posterior.target))
+            self.check_sites(posterior.target)
         return copy.deepcopy(posterior.flow)
 
     def sites(self) -> dict[str, torch.Size]:
@@ -129,11 +140,13 @@ class AutoFlow(AutoContinuous):
             raise ValueError("guide: expected one that has been called, or built with the model's arguments")
         return dict(self._unconstrained_shapes)
 
-    def _check_sites(self, other: dict[str, torch.Size]) -> None:
-        if list(self.sites().items()) != list(other.items()):
+    def check_sites(self, other: PyroModel | AutoFlow) -> None:
+        """Raise ValueError unless the other has the same latent sites, in the same order."""
+        sites = other.sites() if isinstance(other, AutoFlow) else sites_of(other)
+        if list(self.sites().items()) != list(sites.items()):
             raise ValueError(
-                f"flow: expected the latent sites {_listed(self.sites())}, got {_listed(other)}; "
-                "it must come from the same model"
+                f"guide: expected the latent sites {_listed(self.sites())}, got {_listed(sites)}; "
+                "both must come from the same model"
             )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
@@ -141,36 +154,52 @@ class AutoFlow(AutoContinuous):
         flow = self._modules["flow"]  # not self.flow: that would register it with Pyro a second time
         if self._pyro_context.active and not pyro.settings.get("module_local_params"):
             self._register(flow)
-        return flow()
+        return PathScored(flow) if self._path else flow()
+
+    def current(self) -> Flow:
+        """The flow, with the parameters that Pyro's store holds under this guide's name, if any."""
+        if "flow" not in self._modules:
+            raise ValueError("guide: expected one that has been called, or built with the model's arguments")
+        flow, prefix = self._modules["flow"], self._pyro_name + ".flow$$$"
+        if not pyro.settings.get("module_local_params") and any(
+            name.startswith(prefix)
+            for name in pyro.get_param_store().keys()  # noqa: SIM118 (not a dict)
+        ):
+            self._register(flow)
+        return flow
 
     def _register(self, flow: Flow) -> None:
         """Share parameters with Pyro's store: what the store holds already (after its ``load``) replaces ours."""
         prefix, held = f"{self._pyro_name}.flow", pyro.get_param_store()._params
-        foreign = {}
-        for name, own in flow.named_parameters():
-            stored = held.get(param_with_module_name(prefix, name), own)
-            if stored is not own:
-                foreign[name] = (tuple(own.shape), tuple(stored.shape))
-        for name, (expected, got) in foreign.items():
-            if expected != got:
+        constants = param_with_module_name(prefix, "constants")
+        pairs = {name: (held.get(param_with_module_name(prefix, name), p), p) for name, p in flow.named_parameters()}
+        if any(stored is not own for stored, own in pairs.values()):
+            self._check_stored(pairs | {"constants": (held.get(constants), _fingerprint(flow))}, prefix)
+        if constants not in held:
+            pyro.param(constants, _fingerprint(flow))
+        pyro.module(prefix, flow, update_module_params=True)
+
+    def _check_stored(self, pairs: dict[str, tuple[Tensor | None, Tensor]], prefix: str) -> None:
+        """Raise ValueError unless what Pyro's store holds fits this guide; warn, once, that it replaces ours."""
+        for name, (stored, own) in pairs.items():
+            fits = stored is not None and (stored.shape, stored.dtype) == (own.shape, own.dtype)
+            if not fits or (name == "constants" and not torch.allclose(stored, own, rtol=1e-5)):
                 raise ValueError(
-                    f"guide: expected {prefix} {name} in Pyro's parameter store to have shape {expected}, got {got}, "
-                    "another guide's; call pyro.clear_param_store() first, or give this guide a name="
+                    f"guide: expected the parameters of {prefix} in Pyro's store to be this guide's, got another's "
+                    f"({name} differs), with other data or options; call pyro.clear_param_store() first, give this "
+                    "guide a name=, or load a state_dict instead"
                 )
-        if foreign and not self._warned:
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 f"AutoFlow: takes its parameters from Pyro's parameter store, which holds {prefix}; if they are not "
                 "its own from an earlier run, call pyro.clear_param_store() first, or give this guide a name="
             )
-        pyro.module(prefix, flow, update_module_params=True)
 
     @torch.no_grad()
     def draws(self, n: int) -> dict[str, Tensor]:
         """n draws of every latent site, by name, each (n, *shape)."""
-        if "flow" not in self._modules:
-            raise ValueError("guide: expected one that has been called, or built with the model's arguments")
-        x, start, values = self._modules["flow"]().rsample((n,)), 0, {}
+        x, start, values = self.current()().rsample((n,)), 0, {}
         for name, shape in self._unconstrained_shapes.items():
             part = x[:, start : start + shape.numel()].reshape(n, *shape)
             values[name] = biject_to(self.prototype_trace.nodes[name]["fn"].support)(part)
@@ -179,7 +208,7 @@ class AutoFlow(AutoContinuous):
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The median of every latent entry, from 10,000 draws of a fixed seed."""
-        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The quantiles (Q,) of every latent entry, (Q, *shape) by site, from 10,000 draws of a fixed seed."""
@@ -193,17 +222,45 @@ class AutoFlow(AutoContinuous):
         return {name: torch.quantile(value, points.to(value), dim=0) for name, value in drawn.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: without the model, which may be any callable (as Pyro's guides, but this guide keeps its own)."""
-        return self.__dict__ | {"_model": None, "_plain_model": None, "master": None}
+        """For pickle: without the model, which may be any callable, and without Pyro's marks on the parameters."""
+        modules = {name: copy.deepcopy(module) for name, module in self._modules.items()}
+        return self.__dict__ | {"_modules": modules, "_model": None, "_plain_model": None, "master": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        """A copy with its own parameters for the same model, which is not copied."""
+        """A guide of its own for the same model (which is not copied), of another name in Pyro's store."""
+        if "flow" in self._modules:
+            self.current()
         memo |= {id(kept): kept for kept in (self._model, self._plain_model, self.prototype_trace)}
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         nn.Module.__init__(other)
         other.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        if self.master is None:  # a part has its name from the whole
+            other._pyro_name = f"{self._pyro_name}_copy"
         return other
+
+
+class PathScored(FlowDistribution):
+    """A flow's law whose draws are scored with the flow's parameters held."""
+
+    def __init__(self, flow: Flow, batch_shape: Sequence[int] = ()):
+        law = flow()
+        super().__init__(law.base, law.bijection, batch_shape)
+        self.flow = flow
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> PathScored:
+        return PathScored(self.flow, super().expand(batch_shape).batch_shape)
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        x, _ = super().rsample_and_log_prob(sample_shape)
+        return x, held_log_prob(self.flow, x)
+
+
+def _fingerprint(flow: Flow) -> Tensor:
+    """A number that tells constants (a whitening, permutations), which Pyro's store does not hold, from others."""
+    constants = [value.double().reshape(-1) for value in flow.buffers()]
+    whole = torch.cat([torch.zeros(1, dtype=torch.float64, device=flow.device), *constants])
+    return (whole * torch.arange(len(whole)).to(whole).cos()).sum()
 
 
 def sites_of(target: PyroModel) -> dict[str, torch.Size]:

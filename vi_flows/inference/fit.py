@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flows import recipes
 from ..flows.distribution import Flow
@@ -106,8 +106,8 @@ def fit(
     capture: "auto" runs training steps and a Pyro model's evaluations, once they have come up often enough to pay, as
         the tensor operations recorded from one of them: the same numbers, without running the Python again. False
         never does; True does from the first model evaluation on, and notes why where it cannot.
-    compile: compile the training step to machine code: several times faster, after half a minute or more. Where that
-        fails, training goes on without, and a warning and a note say why.
+    compile: compile the training step to machine code, for long trainings: two to ten times faster, after a minute or
+        so (not counted in ``max_seconds``). Where that fails a warning and a note say why, and training goes on.
 
     Raises
     ------
@@ -223,6 +223,8 @@ def _warm_start(init: Any, target: Target, place: dict[str, Any], bar: Progress)
         kind = type(init).__name__
         raise ValueError(f"init: expected a Posterior, a Flow or an AutoFlow, got {kind}, which cannot be trained on")
     flow = as_flow(init, target).requires_grad_().to(**place)
+    if not any(True for _ in flow.parameters()):
+        raise ValueError("init: expected a Posterior of a flow, got one of a guide or law that cannot be trained on")
     if isinstance(init, Posterior):
         return Start(flow, init.modes, init.flow_description, init.settings.get("recipe"))
     bar.stage("locating")  # for the modes alone
@@ -241,7 +243,7 @@ def _train(flow: Flow, target: Target, options: Options, seconds: float | None, 
         lr=options.lr,
         path=True,
         max_seconds=seconds,
-        record=options.capture is not False,
+        record=options.capture,
         compile=options.compile,
         report=bar.step,
     )
@@ -259,9 +261,12 @@ def resolve_flow(choice: FlowChoice, dim: int, nearly_gaussian: bool = False) ->
         if choice not in recipes.__all__:
             raise ValueError(f'flow: expected "auto" or one of {", ".join(recipes.__all__)}, got {choice!r}')
         return getattr(recipes, choice)(dim), f"{choice} flow", choice
-    flow = copy.deepcopy(choice) if isinstance(choice, Flow) else choice(dim) if callable(choice) else None
+    expected = "flow: expected a recipe's name, a callable dim -> Flow, or a Flow"
+    if not isinstance(choice, Flow) and (isinstance(choice, nn.Module) or not callable(choice)):
+        raise TypeError(f"{expected}, got {choice!r}")
+    flow = copy.deepcopy(choice) if isinstance(choice, Flow) else choice(dim)
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow: expected a recipe's name, a callable dim -> Flow, or a Flow, got {choice!r}")
+        raise TypeError(f"{expected}, got a callable that returns {type(flow).__name__}")
     if flow.dim != dim or flow.context is not None:
         raise ValueError(f"flow: expected dim {dim} and no context, got dim {flow.dim}, context {flow.context}")
     return flow, "the flow given", None

@@ -22,9 +22,10 @@ FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
 KHAT_BOUND = 0.7
 MEAN_SE, LOG_SD_SE, PROBABILITY_SE = 0.025, 0.025, 0.0025
 MISSING_MASS = 0.02
+DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
 SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
-CORRECTED = ("mass outside q", "own draws")  # what resampling from the proposal mends
+CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
@@ -75,9 +76,9 @@ def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws:
 
     Tails: the upper limits of k̂ of w = p/m, and of w·|θ| and w·θ² of the reported quantities (standardised), are
     below 0.7. Precision: standard errors of means, log sds and probabilities at the 5/50/95 % points. Mass outside q:
-    |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. Own draws: means of unweighted draws of q within 0.1 sd, and probabilities below
-    the 5/50/95 % points within .015/.03/.015, of the weighted ones. All: reliable; the first two: corrected (by
-    resampling from m).
+    |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. Divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05. Own draws: means of
+    unweighted draws of q within 0.1 sd, and probabilities below the 5/50/95 % points within .015/.03/.015, of the
+    weighted ones. All: reliable; the first two: corrected (by resampling from m).
     k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
     """
     proposal = DefensiveProposal(flow, modes)
@@ -146,7 +147,8 @@ def _checks(target: Target, pooled: Weights, own: Weights) -> list[Check]:
     values = estimate(theta, log_w[alive])
     quantities = [_quantity_tails(names, theta, values, log_w[alive]), _precision(names, values)]
     mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
-    return [_tails(log_w), *quantities, _mass(log_w, own.log_w), _own_draws(names, mine, values)]
+    own_fit = [_mass(log_w, own.log_w), _divergence(log_w, own.log_w), _own_draws(names, mine, values)]
+    return [_tails(log_w), *quantities, *own_fit]
 
 
 def _tails(log_w: Tensor) -> Check:
@@ -199,6 +201,18 @@ def _mass(log_w: Tensor, log_w_q: Tensor) -> Check:
         ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
     )
     return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
+
+
+def _divergence(log_w: Tensor, log_w_q: Tensor) -> Check:
+    """KL(q‖p): what q has wrong in all quantities together, dependence among them included."""
+    finite = log_w_q[log_w_q > -math.inf]
+    se = math.hypot(float(finite.std()) / math.sqrt(max(len(finite), 1)), log_mean_se(log_w)) if len(finite) > 1 else 0
+    statistic = log_mean(log_w) - mean_elbo(log_w_q) + 2 * se
+    passed = statistic < DIVERGENCE
+    sentence = f"KL(q‖p), the ELBO's gap to the log evidence, is below {statistic:.3f}"
+    return Check(
+        "divergence", statistic, DIVERGENCE, passed, sentence + ("" if passed else f", not below {DIVERGENCE}")
+    )
 
 
 def _own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:

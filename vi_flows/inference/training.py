@@ -55,7 +55,7 @@ def train(
     objective: Objective = elbo,
     path: bool = False,
     max_seconds: float | None = None,
-    record: bool = False,
+    record: bool | str = False,
     compile: bool = False,
     report: Callable[[int, int, float], None] | None = None,
 ) -> Training:
@@ -67,9 +67,10 @@ def train(
 
     Parameters
     ----------
-    record: run the steps, after the first few, as recorded operations, which give the same numbers faster.
-    compile: run them as machine code, fused by TorchInductor: equal to rounding, several times faster, and worth a wait
-        of about half a minute before the first. Where that fails a warning and ``note`` say why, in one line.
+    record: run the steps, after the first few, as recorded operations, which give the same numbers faster ("auto", or
+        True: ``note`` says why where that fails).
+    compile: run them as machine code, fused by TorchInductor: equal to rounding, several times faster, after a minute
+        or so of compiling. Where that fails a warning and ``note`` say why, in one line.
     report: called with (step, steps, mean ELBO of the last window) for a progress bar.
 
     Raises
@@ -78,7 +79,7 @@ def train(
     Ctrl-C ends training with the average so far, and says so in ``reason``.
     """
     step = Step(copy.deepcopy(flow), target, objective, path)
-    loop = _Loop(step, steps, particles, lr, Gradient(step, Flat(step), record, compile))
+    loop = _Loop(step, steps, particles, lr, Gradient(step, Flat(step), bool(record), compile))
     result, began = Training(loop.step.flow), time.monotonic()
     try:
         for i in range(steps):
@@ -94,6 +95,8 @@ def train(
         result.reason = f"interrupted at step {len(result.elbo)}"
     loop.flat.store(loop.step, loop.average())
     result.note = loop.gradient.note
+    if record is True and loop.gradient.refused:
+        result.note = f"capture: the training step was not recorded: {loop.gradient.refused}"
     result.seconds = time.monotonic() - began
     return result
 

@@ -43,10 +43,15 @@ def log_weights(q: Flow, target: Target, draws: int | Tensor, path: bool = False
     noise = q.base.noise((draws,)) if isinstance(draws, int) else draws
     x, log_q = q().from_noise(noise)
     if path:
-        held = {name: value.detach() for name, value in [*q.named_parameters(), *q.named_buffers()]}
-        log_q = functional_call(_Scorer(q), {f"flow.{name}": value for name, value in held.items()}, (x,))
+        log_q = held_log_prob(q, x)
     log_p = target.log_prob(x.reshape(-1, x.shape[-1])).reshape(log_q.shape)
     return Weights(x, log_q, log_p)
+
+
+def held_log_prob(q: Flow, x: Tensor) -> Tensor:
+    """log q(x) (*shape) of x (*shape, dim) with q's parameters held: its gradient is that in x alone."""
+    held = {name: value.detach() for name, value in [*q.named_parameters(), *q.named_buffers()]}
+    return functional_call(_Scorer(q), {f"flow.{name}": value for name, value in held.items()}, (x,))
 
 
 class _Scorer(torch.nn.Module):
