@@ -397,3 +397,15 @@ def test_pictures_are_written_where_asked(density, tmp_path):
 
 def test_no_module_level_import_of_pyplot_by_the_report():
     assert not hasattr(panels, "pyplot") and "pyplot" not in vars(sys.modules["vi_flows.report.plots"])
+
+
+def test_arguments_of_another_kind_are_refused(model):
+    cases = [
+        (lambda: model.to_arviz(n=True), "n: expected a positive integer"),
+        (lambda: model.summary(var_names=3), "var_names: expected a name or a list"),
+        (lambda: model.summary(round_to="2"), "round_to: expected a number of decimals"),
+        (lambda: model.plot("trace", var_names="mu"), "var_names: expected None with kind 'trace'"),
+    ]
+    for call, words in cases:
+        with pytest.raises(ValueError, match=words):
+            call()

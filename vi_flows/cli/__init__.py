@@ -40,6 +40,9 @@ MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to
 NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch; more than 1 pays for large data only.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the training step: a minute that pays in long trainings.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
 
@@ -115,11 +118,13 @@ def fit(
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
     threads: Threads = 1,
+    compile_: Compile = False,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model."""
     options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
+    options["compile"] = compile_
     with loaded(model) as function:
         _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
 
@@ -145,6 +150,7 @@ def sample(
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
     threads: Threads = 1,
+    compile_: Compile = False,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
@@ -153,6 +159,7 @@ def sample(
         print(known_densities())
         return
     options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
+    options["compile"] = compile_
     with to_density(density, dim, energy, data) as target:
         _run(target, {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
 

@@ -206,13 +206,13 @@ def _mass(log_w: Tensor, log_w_q: Tensor) -> Check:
 def _divergence(log_w: Tensor, log_w_q: Tensor) -> Check:
     """KL(q‖p): what q has wrong in all quantities together, dependence among them included."""
     finite = log_w_q[log_w_q > -math.inf]
-    se = math.hypot(float(finite.std()) / math.sqrt(max(len(finite), 1)), log_mean_se(log_w)) if len(finite) > 1 else 0
-    statistic = log_mean(log_w) - mean_elbo(log_w_q) + 2 * se
+    spread = float(finite.std()) if len(finite) > 1 else math.inf
+    gap = log_mean(log_w) - mean_elbo(log_w_q)
+    statistic = gap + 2 * math.hypot(spread / math.sqrt(len(log_w_q)), log_mean_se(log_w))
     passed = statistic < DIVERGENCE
-    sentence = f"KL(q‖p), the ELBO's gap to the log evidence, is below {statistic:.3f}"
-    return Check(
-        "divergence", statistic, DIVERGENCE, passed, sentence + ("" if passed else f", not below {DIVERGENCE}")
-    )
+    sentence = f"KL(q‖p), the gap of the ELBO, is {gap:.3f} (with 2 se: {statistic:.3f}"
+    sentence += ")" if passed else f", not below {DIVERGENCE})"
+    return Check("divergence", statistic, DIVERGENCE, passed, sentence)
 
 
 def _own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:

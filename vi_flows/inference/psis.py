@@ -79,9 +79,8 @@ def self_test(shapes: Sequence[float] = (0.3, 0.7, 1.0), draws: int = 10_000, re
 
 def import_arviz() -> ModuleType:
     """ArviZ, which takes seconds to import: so only when first needed."""
-    with warnings.catch_warnings():  # it announces its next major version, and that a widget is missing
+    with warnings.catch_warnings():  # it announces its next major version whenever it is imported
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", "IProgress not found")
         import arviz
     return arviz
 

@@ -45,7 +45,7 @@ def weighted_draws(posterior: Posterior, n: int, seed: int | None) -> Draws:
 
     Raises ValueError if n is not positive, or exceeds the stored draws of a model loaded without its target.
     """
-    if not isinstance(n, int) or n < 1:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n: expected a positive integer, got {n!r}")
     constrain, proposal = constraint(posterior), posterior.proposal
     with seeded(seed):
@@ -63,7 +63,7 @@ def flow_draws(posterior: Posterior, n: int | None = None) -> Draws:
     Raises ValueError if n is not between 1 and their number, or for a model that was loaded without its target.
     """
     size = len(posterior.draws)
-    if n is not None and (not isinstance(n, int) or not 1 <= n <= size):
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size):
         raise ValueError(f"n: expected between 1 and the {size} draws of q that are kept, got {n!r}")
     constrain = constraint(posterior)
     if constrain is None:
@@ -85,7 +85,9 @@ def select(names: Sequence[str], var_names: str | Sequence[str] | None) -> list[
     """
     if var_names is None:
         return list(range(len(names)))
-    wanted = [var_names] if isinstance(var_names, str) else list(var_names)
+    wanted = [var_names] if isinstance(var_names, str) else var_names
+    if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(f"var_names: expected a name or a list of names, got {var_names!r}")
     bare = {name.removeprefix("~") for name in wanted}
     unknown = sorted(bare - set(names) - {variable(name) for name in names})
     excluding = [name.startswith("~") for name in wanted]

@@ -60,7 +60,8 @@ def to_arviz(
     seed: of the resampling; None draws from torch's global generator.
     dims, coords: as in ``arviz.from_dict``. Where dims does not name them, a model's plates name the dimensions.
 
-    Raises ValueError for n out of range, and for weighted=False of a model that was loaded without its target.
+    Raises ValueError for n out of range, for a site named "chain" or "draw", and for weighted=False of a model that was
+    loaded without its target.
     """
     if not weighted:
         drawn = flow_draws(posterior, n)
@@ -70,6 +71,10 @@ def to_arviz(
         drawn = weighted_draws(posterior, most if n is None else n, seed)
     observed = _arrays(getattr(posterior.target, "observed", {}))
     named = _arrays(drawn.values)
+    if taken := {"chain", "draw"} & {*named, *observed}:
+        raise ValueError(
+            f"to_arviz: expected other names than those of ArviZ's axes, got a site {min(taken)!r}; rename it"
+        )
     groups = {"posterior": _one_chain(named), "sample_stats": _one_chain(_stats(drawn, weighted)) or None}
     attrs = _attrs(posterior, weighted, seed)
     plates = _plate_dims(posterior.target, {**observed, **{name: value[0] for name, value in named.items()}})

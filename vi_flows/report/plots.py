@@ -70,6 +70,8 @@ def plot(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; a file name goes in path=")
+    if var_names is not None and kind in ("trace", "weights", "density"):
+        raise ValueError(f"var_names: expected None with kind {kind!r}, got {var_names!r}; it draws no quantities")
     if kind == "density" and (why := panels.no_density(posterior)):
         raise ValueError(f"kind: density expected {why}")
     with matplotlib.rc_context(STYLE):

@@ -26,8 +26,8 @@ def summary(
 
     Columns: mean, sd, 5%, 50%, 95%; mcse_mean, mcse_sd, the standard errors of the first two; ess = (sd/mcse_mean)²,
     how many independent draws would give as precise a mean; khat, the larger k̂ of w·|θ − mean| and w·(θ − mean)², below
-    0.7 where mean and sd can be relied on (NaN for constants, and without the weights of a model loaded without its
-    target).
+    0.7 where mean and sd can be relied on (NaN without the weights of a model loaded without its target). For constants
+    ess and khat are NaN.
 
     Parameters
     ----------
@@ -38,6 +38,8 @@ def summary(
     ------
     ValueError for unknown var_names, or a model loaded without target and stored draws.
     """
+    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int)):
+        raise ValueError(f"round_to: expected a number of decimals or None, got {round_to!r}")
     from pandas import DataFrame  # pandas comes with ArviZ; importing it takes half a second
 
     names, theta, log_w = _quantities(posterior)
@@ -52,6 +54,9 @@ def summary(
     low, middle, high = values.quantiles
     errors = {"mcse_mean": values.mean_se * more, "mcse_sd": values.sd * values.log_sd_se * more}
     ess = (values.sd / errors["mcse_mean"]) ** 2
+    constant = torch.ones(len(chosen), dtype=torch.bool, device=theta.device)
+    constant[vary(theta[carrying(log_w)])] = False
+    ess[constant] = math.nan
     columns = {"mean": values.mean, "sd": values.sd, "5%": low, "50%": middle, "95%": high, **errors}
     columns |= {"ess": ess, "khat": tails}
     table = DataFrame(
