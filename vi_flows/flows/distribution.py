@@ -68,7 +68,10 @@ class FlowDistribution(TorchDistribution):
         return x
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q of any value (..., dim), whether drawn here or not."""
+        """log q of any value (..., dim), whether drawn here or not.
+
+        Second derivatives are right where the inverse is in closed form (not for planar and Sylvester flows).
+        """
         if self._drawn is not None and self._drawn[0] is value and self._drawn[1] == value._version:
             return self._drawn[2]
         value = self._broadcast(value)

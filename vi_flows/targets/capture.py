@@ -27,7 +27,8 @@ class Captured:
     Values and first derivatives come from a program, checked against fn at other points before it is used; higher
     derivatives, evaluations inside ``torch.func`` transforms and those of a single row come from fn itself. Whether a
     program is used depends on the number and size of earlier calls only. Tensors that fn reads are taken as constants;
-    when one of them is changed in place, programs are dropped.
+    when one of them is changed in place, programs are dropped. Writing by ``.data`` or through NumPy, and binding a
+    name to another tensor, go unnoticed: call :meth:`forget` then.
 
     refused: why fn cannot be captured, or "".
     """
@@ -52,7 +53,7 @@ class Captured:
 
     def __call__(self, x: Tensor, wait: int = WAIT) -> Tensor:
         """fn(x); the first ``wait`` evaluations of a size are not recorded."""
-        if self.refused or not 1 < len(x) < self.most or _is_transformed():
+        if self.refused or not 1 < len(x) < self.most or _is_transformed() or torch.is_inference_mode_enabled():
             return self.fn(x)
         gradient = torch.is_grad_enabled() and x.requires_grad
         batch = self._batch(x, gradient, wait)

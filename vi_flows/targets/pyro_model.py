@@ -68,7 +68,6 @@ class PyroModel:
             self.names = [site.name for site in layout.sites]
             self.observed: Values = layout.observed
             self.deterministic = list(layout.deterministic)
-            self._over_rows = torch.func.vmap(self._run.log_joint)
             self._captured = Captured(self._evaluate)
             self.mode, self.mode_reason = "loop", ""
             self._choose_mode()
@@ -187,7 +186,7 @@ class PyroModel:
 
     def _log_joint(self, values: Values) -> Tensor:
         if self.mode == "vmap":
-            return self._over_rows(values)
+            return torch.func.vmap(self._run.log_joint)(values)
         if self.mode == "plate":
             return self._log_joint_in_plate(values)
         count = len(next(iter(values.values())))

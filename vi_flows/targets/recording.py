@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST = 2**28  # bytes of results; beyond it arithmetic, not Python, takes the time
@@ -29,6 +30,8 @@ QUICK = {
 METHODS = {"view", "expand"}
 READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
+READERS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__}
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -42,13 +45,17 @@ class TooLargeError(NotRecordedError):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation with its arguments, what it returned, and the default dtype if its result follows that."""
+    """One operation with its arguments, what it returned, and the default dtype if its result follows that.
+
+    alias: whether it returned its first argument's elements, in the same places.
+    """
 
     op: Any
     args: tuple
     kwargs: dict[str, Any]
     out: Any
     promotes_to: torch.dtype | None
+    alias: bool
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -63,13 +70,6 @@ class Operation:
         for i, argument in enumerate(self.op._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 yield from tensors(self.args[i] if i < len(self.args) else self.kwargs.get(argument.name))
-
-    def is_alias(self) -> bool:
-        """Whether it returns its first argument's elements, in the same places."""
-        if self.op.overloadpacket.__name__ not in ALIASES or not isinstance(self.out, Tensor):
-            return False
-        first = self.args[0]
-        return self.out.shape == first.shape and self.out.stride() == first.stride() and self.out.dtype == first.dtype
 
 
 class Recorder(TorchDispatchMode):
@@ -102,10 +102,11 @@ class Recorder(TorchDispatchMode):
         if not func.is_view:
             self.bytes += sum(t.numel() * t.element_size() for t in outputs)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self._refuse(NotRecordedError(f"it draws random numbers ({func.overloadpacket})"))
+            self.refuse(NotRecordedError(f"it draws random numbers ({func.overloadpacket})"))
         if self.bytes > LARGEST:
-            self._refuse(TooLargeError(f"its results take more than {LARGEST >> 20} MB"))
-        self.operations.append(Operation(func, args, *_dtypes(func, inputs, kwargs, outputs, out)))
+            self.refuse(TooLargeError(f"its results take more than {LARGEST >> 20} MB"))
+        parts = _dtypes(func, inputs, kwargs, outputs, out)
+        self.operations.append(Operation(func, args, *parts, alias=_is_alias(func, args, out)))
         return out
 
     def _reads_values(self, func: Any, args: tuple, inputs: list[Tensor]) -> bool:
@@ -116,10 +117,17 @@ class Recorder(TorchDispatchMode):
             return False
         return any(id(t) in self.reached for t in inputs)
 
-    def _refuse(self, reason: NotRecordedError) -> None:
+    def refuse(self, reason: NotRecordedError) -> None:
         self.reason = self.reason or reason
         self.operations.clear()
         raise self.reason
+
+
+def _is_alias(func: Any, args: tuple, out: Any) -> bool:
+    if func.overloadpacket.__name__ not in ALIASES or not isinstance(out, Tensor):
+        return False
+    first = args[0]
+    return out.shape == first.shape and out.stride() == first.stride() and out.dtype == first.dtype
 
 
 def _dtypes(func: Any, inputs: list[Tensor], kwargs: dict, outputs: list[Tensor], out: Any) -> tuple:
@@ -130,6 +138,20 @@ def _dtypes(func: Any, inputs: list[Tensor], kwargs: dict, outputs: list[Tensor]
     promotes = inputs and "dtype" not in kwargs and not any(t.dtype.is_floating_point for t in inputs)
     promotes = promotes and any(t.dtype.is_floating_point for t in outputs)
     return kwargs, out, torch.get_default_dtype() if promotes else None
+
+
+class Reads(TorchFunctionMode):
+    """Refuses, while a Recorder is active, what reads elements of tensors without dispatching an operation."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in READERS and (args[0].requires_grad or id(args[0]) in self.recorder.reached):
+            name = getattr(func, "__name__", "")
+            self.recorder.refuse(NotRecordedError(f"its Python reads values that depend on its inputs ({name})"))
+        return func(*args, **(kwargs or {}))
 
 
 class Program:
@@ -144,7 +166,7 @@ class Program:
 
     def __init__(self, fn: Function, *inputs: Tensor, traceable: bool = False) -> None:
         leaves = tuple(t.detach().clone() for t in inputs)
-        with Recorder(leaves) as recorder:
+        with Recorder(leaves) as recorder, Reads(recorder):
             results = fn(*leaves)
         if recorder.reason is not None:
             raise recorder.reason
@@ -258,13 +280,14 @@ class _Writer:
 
     def line(self, o: Operation) -> tuple[str, list[str]] | None:
         """One line and the names in it; None where the result has a name already."""
-        if o.is_alias():
+        changes = bool(self.written & {_storage(t) for t in (*o.outputs, *o.inputs)})
+        if o.alias and not changes:
             self.names[id(o.out)] = self.name(o.args[0])
             return None
         self.used = []
         arguments = [self.text(a) for a in o.args] + [f"{key}={self.text(a)}" for key, a in o.kwargs.items()]
         call = f"{self.operation(o)}({', '.join(arguments)})"
-        if isinstance(o.out, Tensor) and not (self.written & {_storage(t) for t in (o.out, *o.inputs)}):
+        if isinstance(o.out, Tensor) and not changes:
             if call in self.known:
                 self.names[id(o.out)] = self.known[call]
                 return None
