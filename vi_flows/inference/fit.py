@@ -24,6 +24,7 @@ from .initialise import locate, start_points
 from .judge import Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
+from .propriety import improper
 from .scoring import as_flow
 from .training import CLOSE, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
@@ -186,6 +187,8 @@ def judged(
 ) -> Posterior:
     """The flow with its judgement, and how it was made."""
     judgement = judge(flow, target, start.modes, options.num_draws)
+    if judgement.verdict.status == "unreliable":
+        judgement.verdict = judgement.verdict.because(improper(target))
     clock.lap("judging")
     return Posterior(
         **vars(judgement),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,10 @@ class Verdict:
     status: str
     reasons: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+
+    def because(self, reason: str) -> Verdict:
+        """The same verdict with one more reason, before those of the checks; itself if that is empty."""
+        return replace(self, reasons=(self.reasons[0], reason, *self.reasons[1:])) if reason else self
 
 
 @dataclass(kw_only=True)
