@@ -11,6 +11,8 @@ import vi_flows as vf
 from vi_flows.inference.gaussian import Gaussians, gaussian_vi
 from vi_flows.inference.initialise import locate, start_points
 from vi_flows.inference.optimise import bfgs_paths, hessians, newton
+from vi_flows.inference.proposal import DefensiveProposal
+from vi_flows.inference.weights import effective_sample_size, log_mean
 
 Normal = torch.distributions.Normal
 
@@ -112,3 +114,40 @@ def test_starts_hold_the_given_points_and_prior_draws():
     assert points.dtype == torch.float64 and len(points) == 64
     assert torch.equal(points[0], extra[0])
     assert float(points.abs().max()) > 20
+
+
+def test_further_starts_find_modes_beyond_the_first_ones():
+    centres = torch.cartesian_prod(*[torch.tensor([-30.0, -10.0, 10.0, 30.0], dtype=torch.float64)] * 2)
+
+    def log_p(x):
+        return (-0.5 * (x[:, None] - centres).square().sum(-1)).logsumexp(-1)
+
+    target = vf.LogDensity(log_p, dim=2)
+    located = locate(target, start_points(target))
+    apart = torch.cdist(centres, located.modes.loc).amin(1)
+    assert int((apart < 0.1).sum()) == 16 and located.optima >= 16
+
+
+def test_the_proposal_adapts_to_modes_that_the_flow_misses():
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    centres = torch.tensor([[0.0, 0.0], [20.0, 0.0], [0.0, 20.0]], dtype=torch.float64)
+
+    def log_p(x):
+        return (weights.log() - 0.5 * (x[:, None] - centres).square().sum(-1)).logsumexp(-1)
+
+    target = vf.LogDensity(log_p, dim=2)
+    flow = vf.recipes.gaussian(2).double()  # about the standard normal: the first mode alone
+    eye = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
+    proposal = DefensiveProposal(flow, Gaussians(centres, eye, ("a mode",) * 3))
+    x, log_m, _, _ = proposal.draw(20_000)
+    better = proposal.adapted(x, log_m, target.log_prob(x) - log_m)
+    assert better.shares[2] == pytest.approx(0.8, abs=0.02)  # what the flow cannot reach, at most 0.8
+    mass = (better.weights - 0.2 / 3) / 0.8
+    assert mass[1:].tolist() == pytest.approx((weights[1:] / (better.shares[2] + 0.02)).tolist(), abs=0.05)
+    before, after = (q.draw(20_000) for q in (proposal, better))
+    ess = [effective_sample_size(target.log_prob(d[0]) - d[1]) for d in (before, after)]
+    assert ess[1] > 3 * ess[0]
+    assert log_mean(target.log_prob(after[0]) - after[1]) == pytest.approx(math.log(2 * math.pi), abs=0.02)
+    near = DefensiveProposal(flow, Gaussians(centres[:1], eye[:1], ("a mode",)))
+    x, log_m, _, _ = near.draw(4000)
+    assert near.adapted(x, log_m, -0.5 * x.square().sum(-1) - log_m) is None

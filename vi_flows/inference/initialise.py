@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ..targets.target import Target
 from .gaussian import Gaussians, from_covariance, from_precision, gaussian_vi, join
-from .optimise import Iterates, bfgs_paths, newton
+from .optimise import Iterates, bfgs_paths, newton, value_and_grad
 from .weights import mean_elbo
 
 STARTS = 64
-MODES = 8
+PATHS = 8  # of Pathfinder that are looked at closely
+FEW_DIMS = 20  # up to which many modes are looked for and kept
+WAVES = 4  # of starts around the optima found, as long as they find new ones
 SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
 
 
@@ -42,6 +44,7 @@ def locate(target: Target, starts: Tensor) -> Located:
     ends, record = bfgs_paths(target, starts)
     paths = pathfinder(target, record)
     reached, optima = laplace(target, ends)
+    optima = _more_optima(target, optima)
     dim = starts.shape[1]
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
     standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
@@ -62,6 +65,28 @@ def locate(target: Target, starts: Tensor) -> Located:
     )
 
 
+def _more_optima(target: Target, optima: Gaussians) -> Gaussians:
+    """The optima, with those that further starts find among and around them, wave by wave, while there are new ones."""
+    dim = optima.loc.shape[1]
+    for _ in range(WAVES if dim <= FEW_DIMS else 0):
+        if len(optima) < 2:
+            break
+        spread = 1.5 * optima.loc.std(0) + optima.scale_tril.diagonal(dim1=-2, dim2=-1).mean(0)
+        starts = optima.loc.mean(0) + spread * torch.randn(STARTS, dim, dtype=spread.dtype, device=spread.device)
+        _, found = laplace(target, bfgs_paths(target, starts)[0])
+        every = join([optima, found])
+        kept = every.pick(distinct(every, value_and_grad(target, every.loc)[0], limit=modes_kept(dim)))
+        if len(kept) <= len(optima):
+            break
+        optima = kept
+    return optima
+
+
+def modes_kept(dim: int) -> int:
+    """How many modes are kept apart: each costs a Hessian, and a component of the defensive proposal."""
+    return 64 if dim <= FEW_DIMS else 8
+
+
 def _refine(target: Target, start: Gaussians) -> Gaussians:
     """Gaussian VI: a short one from each start, then a longer one from the best of these."""
     short = gaussian_vi(target, start, iterations=20)
@@ -78,7 +103,7 @@ def _modes(kinds: list[Gaussians]) -> Gaussians:
     """Distinct Gaussians of all kinds, the first ones first."""
     every = join(kinds)
     order = torch.arange(len(every), 0, -1, dtype=every.loc.dtype)
-    return every.pick(distinct(every, order, limit=MODES))
+    return every.pick(distinct(every, order, limit=modes_kept(every.loc.shape[1])))
 
 
 def start_points(
@@ -101,7 +126,7 @@ def start_points(
     return points[points.isfinite().all(-1)]
 
 
-def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = MODES) -> Gaussians:
+def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHS) -> Gaussians:
     """The Gaussian N(x + H∇log p, H) of the best ELBO on each path, for the ``keep`` best paths."""
     loc = record.x + (record.inverse_hessian @ record.grad.unsqueeze(-1)).squeeze(-1)
     found, index = from_covariance(loc, record.inverse_hessian, "a Pathfinder path")
@@ -121,13 +146,14 @@ def laplace(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians]:
     """Gaussians at the distinct ends of the paths, by BFGS's inverse Hessians; and the Laplace approximations to which
     damped Newton steps lead from there, N(x, (−∇² log p)⁻¹), where that is positive."""
     rows, index = from_covariance(ends.x, ends.inverse_hessian, "the end of a path")
-    order = distinct(rows, ends.value[index], limit=MODES)
+    limit = modes_kept(rows.loc.shape[1])
+    order = distinct(rows, ends.value[index], limit)
     reached = rows.pick(order)
     if not order:
         return reached, reached
     x, value, hessian = newton(target, ends[index[order]])
     found, kept = from_precision(x, -hessian, "Laplace")
-    return reached, found.pick(distinct(found, value[kept], limit=MODES))
+    return reached, found.pick(distinct(found, value[kept], limit))
 
 
 def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:

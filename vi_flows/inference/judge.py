@@ -87,6 +87,10 @@ def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws:
     """
     proposal = DefensiveProposal(flow, modes)
     pooled, own, skipped = _draw(proposal, target, FIRST)
+    better = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
+    if better is not None:
+        proposal = better
+        pooled, own, skipped = _draw(proposal, target, FIRST)
     while True:
         checks = _checks(target, pooled, own)
         if len(pooled.x) >= LAST or all(c.passed for c in checks if c.name not in CORRECTED):
