@@ -183,7 +183,7 @@ def test_out_holds_the_posterior_summary_draws_and_result(folder, capfd):
     assert main(line) == 0
     assert "written to new/out" in capfd.readouterr().out
     out = folder / "new" / "out"
-    files = ["draws.npz", "posterior.png", "posterior.safetensors", "result.json", "summary.csv"]
+    files = ["draws.npz", "posterior.png", "posterior.safetensors", "report.html", "result.json", "summary.csv"]
     assert sorted(path.name for path in out.iterdir()) == files
     with np.load(out / "draws.npz") as draws:
         assert draws["x"].shape == (123, 2)
@@ -194,8 +194,10 @@ def test_out_holds_the_posterior_summary_draws_and_result(folder, capfd):
         "summary.csv",
         "draws.npz",
         "posterior.png",
+        "report.html",
         "result.json",
     ]
+    assert f'<h1>Verdict: <span style="color: var(--{result["status"]})">' in (out / "report.html").read_text()
     assert vf.load(out / "posterior.safetensors").log_evidence == pytest.approx(result["log_evidence"])
 
 

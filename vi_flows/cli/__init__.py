@@ -30,7 +30,8 @@ app = typer.Typer(
 FlowName = Annotated[str, typer.Option("--flow", metavar="NAME", help="auto, or: " + ", ".join(vf.recipes.__all__))]
 Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Write posterior, summary, draws, picture and result here.")
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Write posterior, summary, draws, picture, report, result here."),
 ]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE.png", help="Write a picture of the fit (or .pdf, .svg).")

@@ -148,10 +148,10 @@ def draw(posterior: vf.Posterior, path: Path) -> Path:
 def write(
     posterior: vf.Posterior, summary: DataFrame, folder: Path, draws: int, picture: Path | None = None
 ) -> list[Path]:
-    """posterior.safetensors, summary.csv, draws.npz (weighted), posterior.png and result.json, each whole or not at
-    all; result.json also names the ``picture`` that was written elsewhere. Returns their paths.
+    """posterior.safetensors, summary.csv, draws.npz (weighted), posterior.png, report.html and result.json, each whole
+    or not at all; result.json also names the ``picture`` that was written elsewhere. Returns their paths.
     """
-    names = ("posterior.safetensors", "summary.csv", "draws.npz", "posterior.png", "result.json")
+    names = ("posterior.safetensors", "summary.csv", "draws.npz", "posterior.png", "report.html", "result.json")
     files = [folder / name for name in names]
     posterior.save(files[0])
     _replace(files[1], lambda file: file.write(summary.to_csv(index_label="name").encode()))
@@ -159,8 +159,9 @@ def write(
     named = drawn if isinstance(drawn, dict) else {"x": drawn}
     _replace(files[2], lambda file: np.savez(file, **{name: value.cpu().numpy() for name, value in named.items()}))
     draw(posterior, files[3])
+    posterior.report(files[4])
     files += [picture] if picture is not None else []
-    _replace(files[4], lambda file: file.write(to_json(as_dict(posterior, summary, files)).encode()))
+    _replace(files[5], lambda file: file.write(to_json(as_dict(posterior, summary, files)).encode()))
     return files
 
 

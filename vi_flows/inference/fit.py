@@ -121,7 +121,8 @@ def fit(
     chosen = Options(**options)
     with seeded(seed), threads(chosen.threads), Progress(progress) as bar:
         target = prepare(resolve_target(target_or_model, *args), chosen)
-        return _fit(target, flow, chosen, {"seed": seed}, bar)
+        named = {"flow": flow} if isinstance(flow, str) else {}
+        return _fit(target, flow, chosen, {"seed": seed, **named}, bar)
 
 
 @contextlib.contextmanager

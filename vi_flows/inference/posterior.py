@@ -150,6 +150,16 @@ class Posterior(Judgement):
 
         return plot(self, kind, path, var_names=var_names)
 
+    def report(self, path: str | Path) -> Path:
+        """Write the fit as one HTML page that needs nothing beside it, atomically; returns its path.
+
+        Verdict and checks, summary, pictures, modes, data, and how to make it again: to read, print or send.
+        Raises ValueError, in one line, for a path that does not end in .html or cannot be written.
+        """
+        from ..report.html import write
+
+        return write(self, path)
+
     def describe(self) -> str:
         """The verdict in words, with its numbers, a few lines of text."""
         low, high = self.khat_interval
@@ -178,6 +188,35 @@ class Posterior(Judgement):
             f"ESS {self.ess:.0f}/{len(self.draws)}, "
             f"{self.evidence_name} {self.evidence_text})"
         )
+
+    def anneal(
+        self,
+        particles: int = 5000,
+        replicates: int = 8,
+        seed: int | None = 0,
+        progress: bool = False,
+        threads: int | None = 1,
+    ) -> Posterior:
+        """A correction where weights alone are not enough: a posterior whose weighted draws are annealed to the target.
+
+        Sequential Monte Carlo: draws of the defensive proposal m are weighted, resampled and moved by Hamiltonian Monte
+        Carlo through m^(1−b) p^b, from b = 0 to 1 (Del Moral, Doucet & Jasra 2006; Neal 2001), in the flow's latent
+        space, where p is nearly m. A pilot run chooses the temperatures and kernels, and ``replicates`` runs keep to
+        them: log_evidence is the log of the mean of their unbiased estimates Ẑ, with its standard error over the runs.
+
+        particles: in each run. seed: the result depends on it alone; None: drawn from the global generator. progress:
+        show a progress bar. threads: of torch, meanwhile.
+
+        Returns a Posterior with the same flow, whose ``proposal`` holds the runs' draws at b = 1, each with the weight
+        Ẑ of its run; ``settings["anneal"]`` says what was done. Its verdict is "corrected" or "unreliable", by the
+        precision of every quantity and of log Ẑ over the runs, by agreement with the importance weights of m, and by
+        the tails and evenness of each step's weights. A mode in which m has no draws is not found.
+
+        Raises ValueError for arguments out of range, without target or flow, and if m does not reach the target.
+        """
+        from .correct import anneal
+
+        return anneal(self, particles, replicates, seed, progress, threads)
 
     def save(self, path: str | Path) -> Path:
         """Write everything but the target to one safetensors file with a JSON header, atomically; returns its path."""

@@ -25,6 +25,8 @@ MEANINGS = {
     False: "draws of the flow q as they are; their importance weights are in sample_stats",
 }
 
+ANNEALED = "equally weighted: annealed draws, resampled by the weights of their runs"
+
 
 def to_arviz(
     posterior: Posterior,
@@ -125,7 +127,7 @@ def _attrs(posterior: Posterior, weighted: bool, seed: int | None) -> dict[str, 
         "evidence": posterior.evidence_name,
         "flow": posterior.flow_description,
         "notes": "\n".join(posterior.notes),
-        "draws": MEANINGS[weighted],
+        "draws": ANNEALED if weighted and "anneal" in posterior.settings else MEANINGS[weighted],
         "inference_library": "vi_flows",
         "inference_library_version": __version__,
         "torch_version": str(torch.__version__),

@@ -1,0 +1,235 @@
+"""Sequential Monte Carlo from the defensive proposal to the target: path, kernels, pilot run, runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..targets.target import Target, check_finite
+from .gaussian import from_covariance
+from .optimise import value_and_grad
+from .proposal import MODE_SCALE, SHARES, DefensiveProposal
+from .quantities import carrying, resample
+from .weights import effective_sample_size, in_blocks, log_mean
+
+FIRST = 10  # draws of m for each particle: they cost little, and many decide how the modes share the particles
+ESS_SHARE = 0.6  # of the particles that have weight, kept by each step of the temperature
+MOST_RUNGS = 200
+SWEEPS, KEPT = 3, 4  # HMC transitions at each temperature; at the last one, whose states are all kept
+TUNING = 10  # transitions of the pilot run at each temperature, in which the step size settles
+ACCEPTANCE = 0.8
+LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
+
+
+@dataclass(frozen=True)
+class Particles:
+    """z (N, dim) with x = f(z), log m(x) and log p(x); z is NaN where the flow's inverse did not converge at x."""
+
+    z: Tensor
+    x: Tensor
+    log_m: Tensor
+    log_p: Tensor
+
+    def __getitem__(self, index: Tensor) -> Particles:
+        return Particles(self.z[index], self.x[index], self.log_m[index], self.log_p[index])
+
+
+class Path:
+    """γ_b = m^(1−b) p^b on R^D, seen in the flow's latent space: γ_b(f(z)) |det df/dz|.
+
+    There the flow has straightened p, and log p, log m and their gradients need the flow in its forward direction only:
+    log m = log(.8 q₀(z) + .1 t₄(z) + .1 t₅(f(z)) |det df/dz|) − log|det df/dz|.
+    """
+
+    def __init__(self, proposal: DefensiveProposal, target: Target):
+        self.proposal, self.target, self.base = proposal, target, proposal.flow.base
+        self.bijection = proposal.flow().bijection
+
+    def log_prob(self, z: Tensor, b: float) -> Tensor:
+        """log γ_b(f(z)) + log|det df/dz| of z (N, dim), as (N,)."""
+        x, logdet = self.bijection.forward_and_logdet(z)
+        log_p = self.target.log_prob(x)
+        return log_p + logdet if b == 1 else (1 - b) * self._log_m(z, x, logdet) + b * log_p + logdet
+
+    def at(self, z: Tensor) -> Particles:
+        """The particles at finite z (N, dim)."""
+
+        def columns(rows: Tensor) -> Tensor:
+            x, logdet = self.bijection.forward_and_logdet(rows)
+            return torch.cat([x, torch.stack([self._log_m(rows, x, logdet), self.target.log_prob(x)], -1)], -1)
+
+        found = in_blocks(columns, z)
+        return Particles(z, found[:, :-2], found[:, -2], found[:, -1])
+
+    def draw(self, count: int) -> tuple[Particles, int]:
+        """Particles from m, of each component as many as it should have on average, and how many had log p NaN or +inf.
+
+        ``DefensiveProposal.draw`` rounds these numbers, which would bias Ẑ.
+        """
+        modes, t5 = self.proposal.modes, self.proposal.t5
+        shares = torch.tensor([*SHARES[:2], *[SHARES[2] / len(modes)] * len(modes)], dtype=torch.float64)
+        component = resample(shares.log(), count).to(modes.loc.device)
+        n_flow, n_heavy = (int((component == k).sum()) for k in (0, 1))
+        near = component[component > 1] - 2
+        z = torch.cat([self.base.transform(self.base.noise((n_flow,))), self.proposal.heavy.noise((n_heavy,))])
+        offset = (modes.scale_tril[near] @ t5.noise((len(near),)).unsqueeze(-1)).squeeze(-1)
+        moved = modes.loc[near] + MODE_SCALE**0.5 * offset
+        z = torch.cat([z, in_blocks(lambda rows: self.bijection.inverse_and_logdet(rows)[0], moved)])
+        drawn = self.at(z.nan_to_num())
+        failed = (~z.isfinite().all(-1)).nonzero()[:, 0]
+        if len(failed):
+            drawn.z[failed], drawn.x[failed] = math.nan, moved[failed - n_flow - n_heavy]
+            drawn.log_m[failed] = math.log(SHARES[2]) + self.proposal._log_modes(drawn.x[failed])
+            drawn.log_p[failed] = in_blocks(self.target.log_prob, drawn.x[failed])
+        log_p, skipped = check_finite(drawn.log_p, drawn.x, self.target)
+        return dataclasses.replace(drawn, log_p=log_p), skipped
+
+    def _log_m(self, z: Tensor, x: Tensor, logdet: Tensor) -> Tensor:
+        parts = (self.base.log_prob(z) - logdet, self.proposal.heavy.log_prob(z) - logdet, self.proposal._log_modes(x))
+        return torch.stack([part + math.log(share) for part, share in zip(parts, SHARES, strict=True)]).logsumexp(0)
+
+
+@dataclass
+class Rung:
+    """A temperature b with its HMC kernel: leapfrog steps of size ``step`` in the frame z = A u, A Aᵀ the covariance.
+
+    log_prob: log γ_b of z (N, dim), as (N,).
+    """
+
+    b: float
+    tril: Tensor
+    step: float
+    log_prob: Callable[[Tensor], Tensor]
+
+    @property
+    def leaps(self) -> int:
+        return min(max(round(LENGTH / self.step), 1), MOST_LEAPS)
+
+    def move(self, z: Tensor) -> tuple[Tensor, float]:
+        """One transition of the rows of z (N, dim) that leaves γ_b as it is, and the mean acceptance probability.
+
+        Each row has a step size of its own, between a half of ``step`` and all of it, so that no orbit closes.
+        """
+        step = self.step * (0.5 + 0.5 * torch.rand(len(z), 1, dtype=z.dtype, device=z.device))
+        velocity = torch.randn_like(z)
+        before, grad = value_and_grad(self, z)
+        start, energy = z, before - 0.5 * velocity.square().sum(-1)
+        for _ in range(self.leaps):
+            velocity = velocity + 0.5 * step * (grad @ self.tril)
+            z = z + step * (velocity @ self.tril.mT)
+            value, grad = value_and_grad(self, z)
+            velocity = velocity + 0.5 * step * (grad @ self.tril)
+        change = (value - 0.5 * velocity.square().sum(-1) - energy).nan_to_num(nan=-math.inf)
+        # a point without a gradient counts as density 0: as none is entered, none may be left
+        accepted = (change > torch.rand_like(change).log()) & (before > -math.inf)
+        return torch.where(accepted[:, None], z, start), float(change.clamp_max(0.0).exp().mean())
+
+
+def pilot(path: Path, count: int) -> list[Rung]:
+    """Temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels."""
+    particles, _ = path.draw(FIRST * count)
+    rungs, b, step = [], 0.0, 0.8 * path.base.dim**-0.25
+    tril = torch.eye(path.base.dim, dtype=particles.x.dtype, device=particles.x.device)
+    while b < 1:
+        log_ratio = particles.log_p - particles.log_m
+        if len(rungs) == MOST_RUNGS or not bool((log_ratio > -math.inf).any()):
+            raise ValueError(
+                "anneal: expected a proposal that reaches the target, got one without weight there; "
+                "fit another flow=, or start near the mass with init="
+            )
+        last, b = b, next_temperature(b, log_ratio)
+        particles = particles[resample_along((b - last) * log_ratio, particles.x, count)]
+        z = particles.z[particles.z.isfinite().all(-1)]
+        found, _ = from_covariance(z.mean(0)[None], torch.atleast_2d(torch.cov(z.mT))[None], "particles")
+        tril = found.scale_tril[0] if len(found) else tril
+        rung = Rung(b, tril, step, functools.partial(path.log_prob, b=b))
+        for k in range(TUNING):
+            particles, rate = move(rung, path, particles)
+            rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
+        step = rung.step
+        rungs.append(rung)
+    return rungs
+
+
+def next_temperature(b: float, log_ratio: Tensor) -> float:
+    """The largest b' ≤ 1 at which the weights (p/m)^(b'−b) of equally weighted particles keep ESS_SHARE of the ESS."""
+    alive = log_ratio[log_ratio > -math.inf]
+    low, high = b, 1.0
+
+    def good(to: float) -> bool:
+        return effective_sample_size((to - b) * alive) >= ESS_SHARE * len(alive)
+
+    if good(high):
+        return high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low
+
+
+def resample_along(log_w: Tensor, x: Tensor, count: int) -> Tensor:
+    """Indices (count,) by systematic resampling along the widest direction of the weighted x (S, dim).
+
+    Modes that lie apart in it so keep their shares to about 1/count, where in random order chance would add to them.
+    """
+    order = carrying(log_w)
+    w = log_w[order].softmax(0)
+    offset = x[order] - w @ x[order]
+    standard = offset / (w @ offset.square()).sqrt().clamp_min(1e-300)
+    if bool(standard.isfinite().all()):
+        widest = torch.linalg.eigh(standard.mT @ (w[:, None] * standard))[1][:, -1]
+        order = order[(standard @ widest).argsort()]
+    return order[resample(log_w[order], count)]
+
+
+def move(rung: Rung, path: Path, particles: Particles) -> tuple[Particles, float]:
+    """One transition of all particles but those without z, which stay, and the mean acceptance probability."""
+    free = particles.z.isfinite().all(-1).nonzero()[:, 0]
+    if not len(free):
+        return particles, 1.0
+    z, rate = rung.move(particles.z[free])
+    moved = path.at(z)
+    pairs = {name: (getattr(particles, name), getattr(moved, name)) for name in vars(moved)}
+    return Particles(**{name: old.index_copy(0, free, new) for name, (old, new) in pairs.items()}), rate
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass along a frozen schedule: log Ẑ, the draws of p that it ends with (M, dim), log p there (M,), log-weights
+    and mean acceptance probability of each step, and how many first draws were skipped.
+    """
+
+    log_z: float
+    x: Tensor
+    log_p: Tensor
+    log_w: tuple[Tensor, ...]
+    acceptance: tuple[float, ...]
+    skipped: int
+
+
+def run(path: Path, rungs: list[Rung], count: int) -> Run:
+    """One run of the frozen schedule: weight, resample systematically, move; draws are all states at b = 1."""
+    particles, skipped = path.draw(FIRST * count)
+    b, log_z, weights, acceptance, states = 0.0, 0.0, [], [], []
+    for rung in rungs:
+        log_w = (rung.b - b) * (particles.log_p - particles.log_m)
+        b = rung.b
+        log_z += log_mean(log_w)
+        if log_z == -math.inf:  # an estimate like any other: without it their mean would be biased
+            draws = particles.x[:count].repeat(KEPT, 1)
+            return Run(log_z, draws, draws.new_full((len(draws),), -math.inf), (), (), skipped)
+        weights.append(log_w)
+        particles, rates, states = particles[resample_along(log_w, particles.x, count)], [], []
+        for _ in range(KEPT if b == 1 else SWEEPS):
+            particles, rate = move(rung, path, particles)
+            rates.append(rate)
+            states.append(particles)
+        acceptance.append(sum(rates) / len(rates))
+    x, log_p = torch.cat([s.x for s in states]), torch.cat([s.log_p for s in states])
+    return Run(log_z, x, log_p, tuple(weights), tuple(acceptance), skipped)
