@@ -68,7 +68,9 @@ def test_fresh_and_perturbed(variant, context, dtype):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_dims(variant, dim):
     if VARIANTS[variant][1].get("rank", 1) > dim:
-        pytest.skip("rank > dim is refused")
+        with pytest.raises(ValueError, match="rank: expected at most dim"):
+            build(variant, dim, None)
+        return
     for context in (None, 2):
         flow = perturb(build(variant, dim, context), 0.1)
         check_flow(flow, contexts(context, torch.float32), scales=(1, 100))
@@ -443,3 +445,28 @@ def test_check_flow_finds_a_wrong_logdet(monkeypatch):
     flow.idle = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     with pytest.raises(AssertionError, match="gradient of parameter idle through draws: none"):
         check_flow(flow)
+
+
+@pytest.mark.parametrize("strength", [0.3, 3.0])
+@pytest.mark.parametrize("context", [None, 2])
+@pytest.mark.parametrize("name", ["iaf", "maf"])
+def test_the_inverse_sought_as_a_fixed_point(name, context, strength):
+    """Without a graph, in many coordinates: as the sweep, with the Jacobian's log-determinant, or given up for it."""
+    flow = perturb(getattr(recipes, name)(50, context, layers=1), strength).double()
+    row = None if context is None else torch.randn(context).double()
+    layer = flow.layers[0] if name == "iaf" else flow.layers[0].layer
+    bijection, x = layer(row), torch.randn(7, 50).double()
+    found = bijection.settled(x)
+    if strength < 1:
+        assert found is not None  # mild coupling: within a third of the passes that are always enough
+    with torch.no_grad():
+        z, logdet = bijection.inverse_and_logdet(x)
+    for got, expected in zip((z, logdet), bijection.swept(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    jacobian = torch.func.jacrev(lambda point: bijection.swept(point[None])[0][0])
+    for i in range(2):
+        torch.testing.assert_close(logdet[i], jacobian(x[i]).slogdet()[1], rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(bijection.forward_and_logdet(z)[0], x, rtol=1e-8, atol=1e-8)
+        rows = torch.func.vmap(lambda point: bijection.inverse_and_logdet(point)[0])(x)  # no value can be read there
+    torch.testing.assert_close(rows, z, rtol=1e-9, atol=1e-9)
