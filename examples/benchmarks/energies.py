@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import CLAIMED, DRAWS, add_fit_arguments, beyond_limits, errors, read, wanted, write
+from rows import (
+    CLAIMED,
+    DRAWS,
+    add_fit_arguments,
+    before_after,
+    beyond_limits,
+    errors,
+    read,
+    total_line,
+    wanted,
+    write,
+)
 from torch import Tensor
 
 import vi_flows as vf
@@ -155,11 +166,9 @@ def line(row: dict[str, Any]) -> str:
 def of_draws(row: dict[str, Any]) -> str:
     if "after" not in row:
         return " " * 55
-    before, after = row["before"], row["after"]
-    pairs = zip(before["probabilities"], after["probabilities"], strict=True)
-    modes = f"{after['modes_found']}/{after['modes']}"
-    return f"{modes:>7} {after['mode_mass_error']:>5.3f} {before['mean']:>5.3f} {after['mean']:>5.3f} " + " ".join(
-        f"{b:.3f}"[1:] + " " + f"{a:.3f}"[1:] for b, a in pairs
+    after = row["after"]
+    return (
+        f"{after['modes_found']}/{after['modes']}".rjust(7) + f" {after['mode_mass_error']:>5.3f} " + before_after(row)
     )
 
 
@@ -171,12 +180,12 @@ def result(row: dict[str, Any]) -> str:
 
 def totals(rows: list[dict[str, Any]]) -> str:
     done = [row for row in rows if "error" not in row]
-    return (
-        f"{len(rows)} fits: {sum(row['status'] in CLAIMED for row in done)} claimed; "
-        f"{sum(row['false_claim'] for row in done)} false claims; "
-        f"{sum(row['unclaimed'] for row in done)} right but unclaimed; {sum(row['bug'] for row in done)} bugs; "
-        f"{len(rows) - len(done)} errors; {sum(row['cpu_seconds'] for row in rows):.0f} CPU s "
-        "(mean err and P5, P50, P95: before and after weighting)"
+    return total_line(
+        rows,
+        f"{len(rows)} fits: {sum(row['status'] in CLAIMED for row in done)} claimed",
+        false_claims=sum(row["false_claim"] for row in done),
+        right_but_unclaimed=sum(row["unclaimed"] for row in done),
+        bugs=sum(row["bug"] for row in done),
     )
 
 

@@ -16,7 +16,7 @@ import warnings
 from typing import Any
 
 import torch
-from rows import CLAIMED, DRAWS, add_fit_arguments, beyond_limits, errors, write
+from rows import CLAIMED, DRAWS, add_fit_arguments, before_after, beyond_limits, errors, total_line, write
 from suite import Case, add_arguments, cases
 
 import vi_flows as vf
@@ -104,14 +104,10 @@ def line(row: dict[str, Any]) -> str:
     start = f"{row['short'][:26]:<26} {row['dim']:>3} {row['seed']:>4} {row['cpu_seconds']:>6.1f} "
     if "error" in row:
         return start + "error: " + " ".join(row["error"].split())[:160]
-    before, after = row["before"], row["after"]
-    pairs = zip(before["probabilities"], after["probabilities"], strict=True)
     khat = f"{row['khat']:.2f} ({row['khat_spread']:.2f})"
     return (
         f"{start}{row['status']:<10} {khat:>11} {row['ess']:>5.0%} {row['log_z']:>9.3f} ± {row['log_z_se']:>6.4f} "
-        f"{row['log_z_error']:>+7.3f} {row['kl']:>7.3f} {before['mean']:>5.3f} {after['mean']:>5.3f} "
-        + " ".join(f"{b:.3f}"[1:] + " " + f"{a:.3f}"[1:] for b, a in pairs)
-        + f"  {result(row)}"
+        f"{row['log_z_error']:>+7.3f} {row['kl']:>7.3f} {before_after(row)}  {result(row)}"
     )
 
 
@@ -122,12 +118,11 @@ def result(row: dict[str, Any]) -> str:
 
 def totals(rows: list[dict[str, Any]]) -> str:
     done = [row for row in rows if "error" not in row]
-    return (
-        f"{sum(row['met'] for row in done)} of {len(rows)} met; "
-        f"{sum(row['false_claim'] for row in done)} false claims; "
-        f"{sum('unclaimed' in row['misses'] for row in done)} right but unclaimed; "
-        f"{len(rows) - len(done)} errors; {sum(row['cpu_seconds'] for row in rows):.0f} CPU s "
-        "(mean err and P5, P50, P95: before and after weighting)"
+    return total_line(
+        rows,
+        f"{sum(row['met'] for row in done)} of {len(rows)} met",
+        false_claims=sum(row["false_claim"] for row in done),
+        right_but_unclaimed=sum("unclaimed" in row["misses"] for row in done),
     )
 
 

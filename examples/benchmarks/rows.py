@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vi_flows.cli.output import to_json
+from vi_flows.inference.checkpoint import replacing
+from vi_flows.testing.calibration import CLAIMED, LIMITS, PROBABILITIES
+
+__all__ = ["CLAIMED", "DRAWS", "PROBABILITIES"]
 DRAWS = 20_000
-PROBABILITIES = (0.05, 0.5, 0.95)
-MEAN_LIMIT = 0.1
-PROBABILITY_LIMITS = (0.015, 0.03, 0.015)
-CLAIMED = ("reliable", "corrected")
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,24 +49,27 @@ def errors(samples: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> 
 
 def beyond_limits(found: dict[str, Any]) -> list[str]:
     """Which of the errors of draws are larger than draws of the target would show."""
-    probabilities = zip(PROBABILITIES, found["probabilities"], PROBABILITY_LIMITS, strict=True)
-    return ([] if found["mean"] < MEAN_LIMIT else ["mean"]) + [
-        f"P{p * 100:.0f}" for p, error, limit in probabilities if not error <= limit
-    ]
+    errors = {"mean": found["mean"]} | dict(zip(("P5", "P50", "P95"), found["probabilities"], strict=True))
+    return [name for name, error in errors.items() if not error <= LIMITS[name]]
+
+
+def before_after(row: dict[str, Any]) -> str:
+    """The errors of means and probabilities of a row, each before and after weighting."""
+    before, after = row["before"], row["after"]
+    pairs = zip(before["probabilities"], after["probabilities"], strict=True)
+    columns = " ".join(f"{b:.3f}"[1:] + " " + f"{a:.3f}"[1:] for b, a in pairs)
+    return f"{before['mean']:>5.3f} {after['mean']:>5.3f} {columns}"
+
+
+def total_line(rows: list[dict[str, Any]], first: str, **counts: int) -> str:
+    """A line that begins with ``first``: how many of each kind, errors, and CPU seconds."""
+    kinds = "; ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    failed, seconds = sum("error" in row for row in rows), sum(row["cpu_seconds"] for row in rows)
+    how = "(mean err and P5, P50, P95: before and after weighting)"
+    return f"{first}; {kinds}; {failed} errors; {seconds:.0f} CPU s {how}"
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """All rows so far, whole or not at all; NaN as null, infinities as text."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_plain(rows), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
+    with replacing(path) as temporary:
+        temporary.write_text(to_json(rows), encoding="utf-8")

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 import vi_flows as vf
+from vi_flows.inference.checkpoint import replacing
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -166,11 +167,5 @@ def write(
 
 
 def _replace(path: Path, write_to: Callable[[BinaryIO], Any]) -> None:
-    """Write by way of a temporary file beside ``path``, so that a crash leaves the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write_to(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        write_to(file)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..targets.target import Target, check_finite
 from .gaussian import from_covariance
 from .optimise import value_and_grad
-from .proposal import MODE_SCALE, SHARES, DefensiveProposal
+from .proposal import MODE_SCALE, DefensiveProposal
 from .quantities import carrying, resample
 from .weights import effective_sample_size, in_blocks, log_mean
 
@@ -44,7 +44,7 @@ class Path:
     """γ_b = m^(1−b) p^b on R^D, seen in the flow's latent space: γ_b(f(z)) |det df/dz|.
 
     There the flow has straightened p, and log p, log m and their gradients need the flow in its forward direction only:
-    log m = log(.8 q₀(z) + .1 t₄(z) + .1 t₅(f(z)) |det df/dz|) − log|det df/dz|.
+    log m = log(s₁ q₀(z) + s₂ t₄(z) + s₃ t₅(f(z)) |det df/dz|) − log|det df/dz|, with m's shares s.
     """
 
     def __init__(self, proposal: DefensiveProposal, target: Target):
@@ -73,8 +73,9 @@ class Path:
         ``DefensiveProposal.draw`` rounds these numbers, which would bias Ẑ.
         """
         modes, t5 = self.proposal.modes, self.proposal.t5
-        shares = torch.tensor([*SHARES[:2], *[SHARES[2] / len(modes)] * len(modes)], dtype=torch.float64)
-        component = resample(shares.log(), count).to(modes.loc.device)
+        flow, heavy, near_modes = self.proposal.shares
+        shares = torch.cat([self.proposal.weights.new_tensor([flow, heavy]), near_modes * self.proposal.weights])
+        component = resample(shares.log(), count)
         n_flow, n_heavy = (int((component == k).sum()) for k in (0, 1))
         near = component[component > 1] - 2
         z = torch.cat([self.base.transform(self.base.noise((n_flow,))), self.proposal.heavy.noise((n_heavy,))])
@@ -85,14 +86,14 @@ class Path:
         failed = (~z.isfinite().all(-1)).nonzero()[:, 0]
         if len(failed):
             drawn.z[failed], drawn.x[failed] = math.nan, moved[failed - n_flow - n_heavy]
-            drawn.log_m[failed] = math.log(SHARES[2]) + self.proposal._log_modes(drawn.x[failed])
+            drawn.log_m[failed] = math.log(near_modes) + self.proposal.log_modes(drawn.x[failed])
             drawn.log_p[failed] = in_blocks(self.target.log_prob, drawn.x[failed])
         log_p, skipped = check_finite(drawn.log_p, drawn.x, self.target)
         return dataclasses.replace(drawn, log_p=log_p), skipped
 
     def _log_m(self, z: Tensor, x: Tensor, logdet: Tensor) -> Tensor:
-        parts = (self.base.log_prob(z) - logdet, self.proposal.heavy.log_prob(z) - logdet, self.proposal._log_modes(x))
-        return torch.stack([part + math.log(share) for part, share in zip(parts, SHARES, strict=True)]).logsumexp(0)
+        log_q, log_heavy = (base.log_prob(z) - logdet for base in (self.base, self.proposal.heavy))
+        return self.proposal.mixture(log_q, log_heavy, x)
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,27 @@ STORED = 10_000  # weighted draws kept as named values, for use without the targ
 NUMBERS = ("khat", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, that takes its place at the end: a crash leaves the old one or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            temporary.unlink()
+
+
 def save(posterior: Posterior, path: str | Path) -> Path:
-    """Write to ``path`` by way of a temporary file beside it, so that a crash leaves the old file or the new one."""
+    """Write to ``path``, whole or not at all."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"path: expected a file name, got the folder {path}; add a name such as posterior.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(posterior).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"vi_flows": json.dumps(_header(posterior))})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..targets.target import Target
 from .annealing import KEPT, Path, Run, Rung, pilot, run
 from .fit import threads as torch_threads
-from .judge import KHAT_BOUND, MISSING_MASS, Check, Verdict, _precision
+from .judge import KHAT_BOUND, MISSING_MASS, Check, Verdict, precision
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -28,11 +28,11 @@ UNEVEN = 0.9  # of a step's particles, lost to uneven weights
 
 def anneal(
     posterior: Posterior,
-    particles: int = 5000,
-    replicates: int = 8,
-    seed: int | None = 0,
-    progress: bool = False,
-    threads: int | None = 1,
+    particles: int,
+    replicates: int,
+    seed: int | None,
+    progress: bool,
+    threads: int | None,
 ) -> Posterior:
     """Sequential Monte Carlo from the defensive proposal m to p, along m^(1−b) p^b; see :meth:`Posterior.anneal`.
 
@@ -72,7 +72,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
     log_q = torch.cat([r.log_p - r.log_z if r.log_z > -math.inf else -r.log_p for r in runs])
     weights = Weights(torch.cat([r.x for r in runs]), log_q, torch.cat([r.log_p for r in runs]))
     names, independent, values = _estimates(posterior.target, weights, log_z.to(log_q))
-    checks = [_precision(names, values), _evidence(se), _agreement(posterior, level, se), *_steps(runs)]
+    checks = [precision(names, values), _evidence(se), _agreement(posterior, level, se), *_steps(runs)]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (
         f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "

@@ -78,6 +78,9 @@ class Judgement:
 def judge(flow: Flow, target: Target, modes: Gaussians | None = None, num_draws: int = 10_000) -> Judgement:
     """Freeze q and judge it by fresh draws of q and of the defensive proposal m, in the flow's precision.
 
+    Where a first batch shows that q misses modes, m is adapted to them, once, and the judgement is by fresh draws of
+    the adapted m.
+
     Tails: the upper limits of k̂ of w = p/m, and of w·|θ| and w·θ² of the reported quantities (standardised), are
     below 0.7. Precision: standard errors of means, log sds and probabilities at the 5/50/95 % points. Mass outside q:
     |log Ẑ_m − log Ẑ_q| + 2 se < 0.02. Divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05. Own draws: means of
@@ -153,7 +156,7 @@ def _checks(target: Target, pooled: Weights, own: Weights) -> list[Check]:
         ]
     names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     values = estimate(theta, log_w[alive])
-    quantities = [_quantity_tails(names, theta, values, log_w[alive]), _precision(names, values)]
+    quantities = [_quantity_tails(names, theta, values, log_w[alive]), precision(names, values)]
     mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
     own_fit = [_mass(log_w, own.log_w), _divergence(log_w, own.log_w), _own_draws(names, mine, values)]
     return [_tails(log_w), *quantities, *own_fit]
@@ -185,7 +188,7 @@ def _quantity_tails(names: list[str], theta: Tensor, values: Estimates, log_w: T
     return Check("tails of quantities", worst, KHAT_BOUND, passed, sentence)
 
 
-def _precision(names: list[str], values: Estimates) -> Check:
+def precision(names: list[str], values: Estimates) -> Check:
     """The largest standard error as a multiple of what is asked for."""
     kinds = {
         "the mean": values.mean_se / values.sd / MEAN_SE,

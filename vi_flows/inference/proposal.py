@@ -23,7 +23,8 @@ class DefensiveProposal:
 
     q_t is the flow over a multivariate-t₄ base; the t₅ components sit at the modes that locating found, or, without
     any, at the moments of q (Hesterberg 1995 on defensive mixtures). Where q has missed modes, :meth:`adapted` gives
-    their components the shares that they need.
+    their components the shares that they need; ``shares`` are those of q, q_t and the components, whose own are
+    ``weights`` (K,), and weights against m are then at most 1/shares[0] times those against q.
     """
 
     def __init__(
@@ -68,8 +69,12 @@ class DefensiveProposal:
             log_q, log_heavy = self.flow.base.log_prob(z) + logdet, self.heavy.log_prob(z) + logdet
         # an inverse that did not converge far out says that the flow has no mass there
         log_q, log_heavy = (torch.nan_to_num(part, nan=-torch.inf) for part in (log_q, log_heavy))
-        parts = zip((log_q, log_heavy, self._log_modes(x)), self.shares, strict=True)
-        return x, torch.stack([p + math.log(s) for p, s in parts]).logsumexp(0), log_q, n_flow
+        return x, self.mixture(log_q, log_heavy, x), log_q, n_flow
+
+    def mixture(self, log_q: Tensor, log_heavy: Tensor, x: Tensor) -> Tensor:
+        """log m at x, from the log densities of q and q_t there."""
+        parts = zip((log_q, log_heavy, self.log_modes(x)), self.shares, strict=True)
+        return torch.stack([part + math.log(share) for part, share in parts]).logsumexp(0)
 
     def adapted(self, x: Tensor, log_m: Tensor, log_w: Tensor) -> DefensiveProposal | None:
         """m with each t component's share moved to its share of p's mass, as weighted draws of m tell (Cappé et al.
@@ -92,7 +97,7 @@ class DefensiveProposal:
         tril = MODE_SCALE**0.5 * self.modes.scale_tril[component]
         return self.modes.loc[component] + (tril @ self.t5.noise((count,)).unsqueeze(-1)).squeeze(-1)
 
-    def _log_modes(self, x: Tensor) -> Tensor:
+    def log_modes(self, x: Tensor) -> Tensor:
         """log density of the mixture of t components."""
         each = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))], -1)
         return (each + self.weights.log()).logsumexp(-1)

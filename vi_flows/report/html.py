@@ -17,6 +17,7 @@ import numpy as np
 import pyro
 import torch
 
+from ..inference.checkpoint import replacing
 from ..inference.fit import Options
 from ..inference.posterior import Posterior, fixed
 from ..inference.psis import import_arviz, smooth
@@ -46,18 +47,14 @@ def write(posterior: Posterior, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
         raise ValueError(f"path: expected a file name that ends in .html, got {path}; such as report.html")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:  # opened before the work: a bad path is told at once
+        # opened before the work: a bad path is told at once
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.write(page(posterior))
-        os.replace(temporary, path)
     except OSError as error:
         reason = f"{path} ({error.strerror}); choose another folder"
         raise ValueError(f"path: expected a file that can be written, got {reason}") from None
-    finally:
-        if os.path.lexists(temporary):
-            temporary.unlink()
     return path
 
 

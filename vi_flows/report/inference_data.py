@@ -30,11 +30,11 @@ ANNEALED = "equally weighted: annealed draws, resampled by the weights of their 
 
 def to_arviz(
     posterior: Posterior,
-    n: int | None = None,
-    weighted: bool = True,
-    seed: int | None = 0,
-    dims: Mapping[str, Sequence[str]] | None = None,
-    coords: Mapping[str, Sequence[Any]] | None = None,
+    n: int | None,
+    weighted: bool,
+    seed: int | None,
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Sequence[Any]] | None,
 ) -> InferenceData:
     """The posterior as ArviZ's InferenceData, in one chain.
 
