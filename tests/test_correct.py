@@ -280,8 +280,9 @@ def test_standard_errors_are_those_over_the_replicates():
 def test_verdict(wrong, annealed):
     """Too few draws for the precision that is asked for; a disagreement with the importance weights is told."""
     checks = {c.name: c for c in annealed.verdict.checks}
-    assert set(checks) == {"precision", "evidence", "agreement", "tails", "evenness"}
-    assert annealed.verdict.status == ("corrected" if all(c.passed for c in checks.values()) else "unreliable")
+    assert set(checks) == {"precision", "sds", "evidence", "agreement", "tails", "evenness"}
+    claimed = all(c.passed for name, c in checks.items() if name != "sds")
+    assert annealed.verdict.status == ("corrected" if claimed else "unreliable")
     assert checks["evidence"].statistic == annealed.log_evidence_se
     told = correct._agreement(wrong, wrong.log_evidence + 1.0, 0.01)
     assert not told.passed

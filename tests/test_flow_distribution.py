@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
 
 from vi_flows.flows import recipes
-from vi_flows.flows.bases import GaussianMixture
+from vi_flows.flows.bases import Mixture
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +225,7 @@ def test_then_is_a_copy():
 
 def test_mixture_base_with_batch_shape():
     """Strata run over all draws of a batch, shuffled, so that each member's draws are a fair sample."""
-    base = GaussianMixture(torch.tensor([[-5.0, 0.0], [5.0, 0.0]]), 0.1)
+    base = Mixture(torch.tensor([[-5.0, 0.0], [5.0, 0.0]]), 0.1)
     flow = recipes.diagonal(2, 3, base=base)
     x = flow(torch.randn(40, 3)).sample((200,))
     right = (x[..., 0] > 0).double()

@@ -59,8 +59,8 @@ def test_heavy_imports_stay_where_they_belong(path):
     names = {name.split(".")[0] for name in imported(path)}
     if not path.startswith("report/"):
         assert not names & {"arviz", "matplotlib", "arviz_stats"}
-    if path.startswith("flows/") and path != "flows/distribution.py":
-        assert "pyro" not in names
+    if path.startswith(("flows/", "inference/")) and path != "flows/distribution.py":
+        assert "pyro" not in names  # inference/neutra.py does when chains are run
 
 
 def test_import_has_no_side_effects():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh, silu
 
-from .bijection import Bijection, Layer
+from .bijection import Bijection, Layer, pulled_back
 from .networks import REACH, Conditioner, Network, autoregressive_degrees
 from .univariate import Univariate
 
@@ -24,6 +24,31 @@ class AutoregressiveBijection(Bijection):
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self.layer.univariate(self.network(z)).forward_and_logdet(z)
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """J is triangular: from the last coordinate i to the first, score'_i = (score_i − ∂ log|det|/∂z_i)/(∂x_i/∂z_i).
+
+        log|det| pulls on z_i also through the later raw_j, and so does each x_j, by its score'_j.
+        """
+        sums = self.network.sums(z)
+        raw, own = self.network.raw(sums[-1]), z.view_as(z)  # a gradient in own leaves the network out
+        x, logdet = self.layer.univariate(raw).forward_and_logdet(own)
+        slope, tilt = pulled_back((x,), (torch.ones_like(x),), own, raw)
+        bend, pull = pulled_back((logdet,), (torch.ones_like(logdet),), own, raw)
+        with torch.no_grad():
+            direct, through = (score - bend) / slope, (z.abs() < REACH) / slope
+            direct, through, tilt, pull = map(self.rows, (direct.unsqueeze(-2), through.unsqueeze(-2), tilt, pull))
+            back, scores = SweepBack(self.layer, self.network, sums), []
+            for i in reversed(range(z.shape[-1])):
+                scores.append(torch.addcmul(direct[i], back.pulls[0].narrow(0, i, 1), through[i], value=-1))
+                back.add(i, torch.addcmul(pull[i], scores[-1], tilt[i]))
+            score = torch.cat(scores[::-1]).index_select(0, self.layer.position).mT.reshape(x.shape)
+        return x, logdet, score
+
+    def rows(self, t: Tensor) -> list[Tensor]:
+        """(\\*batch, count, dim) -> for each coordinate, in order, (count, N)."""
+        columns = t.reshape(-1, *t.shape[-2:]).permute(2, 1, 0).unbind()
+        return [columns[i] for i in self.layer.order]
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         many = x.shape[-1] >= MANY and self.layer.univariate.count <= CHEAP
@@ -98,6 +123,40 @@ class Sweep:
                 self.complete[i] += sizes[step]
         self.step += 1
         return torch.addmm(self.last_bias[step], self.last[step], silu(sums[-1]).mT).mT.unsqueeze(-1)
+
+
+class SweepBack:
+    """The conditioner's Jacobian transposed, for N rows, in falling order of the coordinates: what its numbers pull on.
+
+    ``pulls`` (width, N) belong to the inputs, in order, and to the hidden units of each layer after silu; a unit's is
+    passed on once it is complete, when all coordinates that the unit feeds have been added.
+    """
+
+    def __init__(self, layer: Autoregressive, network: Network, sums: Sequence[Tensor]):
+        order, self.sizes = torch.as_tensor(layer.order), layer.sizes
+        sums = [h.reshape(-1, h.shape[-1]).mT for h in sums]
+        weights = [network.weights[0][:, order], *network.weights[1:-1]]
+        self.blocks = [weight.mT.split(sizes, 1) for weight, sizes in zip(weights, self.sizes, strict=True)]
+        self.last = network.weights[-1].unflatten(0, (network.count, -1))[:, order].permute(1, 2, 0).unbind()
+        self.slopes = [silu_slope(h).split(sizes) for h, sizes in zip(sums, self.sizes, strict=True)]
+        self.pulls = [sums[0].new_zeros(width, sums[0].shape[1]) for width in (len(order), *map(len, sums))]
+        self.left = [len(h) for h in sums]  # units that are not complete
+
+    def add(self, step: int, cotangent: Tensor) -> None:
+        """Pull by the raw numbers (count, N) of a coordinate."""
+        pulls = self.pulls
+        pulls[-1] = torch.addmm(pulls[-1], self.last[step], cotangent)
+        for i, sizes in reversed(list(enumerate(self.sizes))):
+            if sizes[step]:
+                self.left[i] -= sizes[step]
+                complete = pulls[i + 1].narrow(0, self.left[i], sizes[step]) * self.slopes[i][step]
+                pulls[i] = torch.addmm(pulls[i], self.blocks[i][step], complete)
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of silu, σ(x) (1 + x (1 − σ(x)))."""
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 class Autoregressive(Layer):

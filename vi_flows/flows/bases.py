@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
@@ -31,6 +32,15 @@ class Base(nn.Module, ABC):
     def log_prob(self, z: Tensor) -> Tensor:
         """log density of z (\\*batch, dim) -> (\\*batch)."""
 
+    def heavy(self, df: float) -> Base:
+        """A base like this one with the tails of a t of ``df`` degrees of freedom, for proposals that reach further."""
+        return StudentT(self.dim, df).to(self.anchor)
+
+    @property
+    def normals(self) -> int:
+        """How many columns of the noise, the first, are standard normal: by stretching these a draw moves outwards."""
+        return 0
+
 
 class StandardNormal(Base):
     """N(0, I)."""
@@ -39,7 +49,11 @@ class StandardNormal(Base):
         return torch.randn(*shape, self.dim, dtype=self.anchor.dtype, device=self.anchor.device)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return -0.5 * (z * z).sum(-1) - 0.5 * self.dim * math.log(2 * math.pi)
+        return _log_normal((z * z).sum(-1), self.dim)
+
+    @property
+    def normals(self) -> int:
+        return self.dim
 
 
 class StudentT(Base):
@@ -47,46 +61,59 @@ class StudentT(Base):
 
     def __init__(self, dim: int, df: float = 4.0):
         super().__init__(dim)
-        if not df > 0:
-            raise ValueError(f"df: expected a positive number of degrees of freedom, got {df!r}")
-        self.df = float(df)
+        self.df = _degrees(df)
 
     def noise(self, shape: Size | tuple[int, ...]) -> Tensor:
-        like = self.anchor
-        normal = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
-        half = torch.full((*shape, 1), self.df / 2, dtype=like.dtype, device=like.device)
-        return normal * (half / torch._standard_gamma(half)).sqrt()
+        like = {"dtype": self.anchor.dtype, "device": self.anchor.device}
+        return torch.randn(*shape, self.dim, **like) * _t_factor(shape, self.df, like)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        half = (self.df + self.dim) / 2
-        constant = math.lgamma(half) - math.lgamma(self.df / 2) - 0.5 * self.dim * math.log(self.df * math.pi)
-        return constant - half * torch.log1p((z * z).sum(-1) / self.df)
+        return _log_t((z * z).sum(-1), self.dim, self.df)
+
+    def heavy(self, df: float) -> Base:
+        return StudentT(self.dim, min(df, self.df)).to(self.anchor)
 
 
-class GaussianMixture(Base):
-    """Σ_k w_k N(loc_k, diag(scale_k²)) with fixed weights; the locations and scales are parameters.
+class Mixture(Base):
+    """Σ_k w_k N(loc_k, L_k L_kᵀ) with fixed weights, or, with ``df``, of multivariate t components.
 
-    Noise is [ε, one-hot component]; components are stratified over the draws, so that each has its share ± 1.
+    Trained in each component's own frame: loc_k + L_k δ_k and L_k T_k, from δ = 0 and T = I. Noise is [ε, component];
+    components are stratified over the draws, so that each has its share ± 1.
 
     Parameters
     ----------
-    loc: (K, dim). scale: positive, broadcast to (K, dim). weights: (K,), positive; None for equal ones.
+    loc: (K, dim). scale: positive, broadcast to (K, dim), or lower-triangular factors (K, dim, dim).
+    weights: (K,), positive; None for equal ones. df: degrees of freedom; None for normal components.
     """
 
-    def __init__(self, loc: Tensor, scale: Tensor | float = 1.0, weights: Tensor | None = None):
+    def __init__(
+        self, loc: Tensor, scale: Tensor | float = 1.0, weights: Tensor | None = None, df: float | None = None
+    ):
         if loc.dim() != 2:
             raise ValueError(f"loc: expected shape (components, dim), got {tuple(loc.shape)}; add a leading axis")
         super().__init__(loc.shape[1])
-        scale = torch.as_tensor(scale, dtype=loc.dtype).expand(loc.shape)
+        scale = torch.as_tensor(scale, dtype=loc.dtype)
+        if scale.dim() < 3:
+            scale = torch.diag_embed(scale.expand(loc.shape))
         weights = (
             torch.ones(len(loc), dtype=loc.dtype) if weights is None else torch.as_tensor(weights, dtype=loc.dtype)
         )
         if weights.shape != loc.shape[:1] or not (weights > 0).all():
             raise ValueError(f"weights: expected {len(loc)} positive numbers, got {weights.tolist()}")
-        if not (scale > 0).all():
+        if not (scale.diagonal(dim1=-2, dim2=-1) > 0).all():
             raise ValueError("scale: expected positive numbers only; take the standard deviation, not its logarithm")
-        self.loc, self.log_scale = nn.Parameter(loc.clone()), nn.Parameter(scale.log())
+        self.df = _degrees(df) if df is not None else None
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale_tril", scale.expand(*loc.shape, self.dim).clone())
         self.register_buffer("weights", weights / weights.sum())
+        self.shift, self.log_scale = nn.Parameter(torch.zeros_like(loc)), nn.Parameter(torch.zeros_like(loc))
+        self.lower = nn.Parameter(torch.zeros_like(self.scale_tril)) if self.dim > 1 else None
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Locations (K, dim) and lower-triangular factors (K, dim, dim)."""
+        own = torch.diag_embed(self.log_scale.exp())
+        own = own if self.lower is None else own + self.lower.tril(-1)
+        return self.loc + (self.scale_tril @ self.shift.unsqueeze(-1)).squeeze(-1), self.scale_tril @ own
 
     def noise(self, shape: Size | tuple[int, ...]) -> Tensor:
         shape = Size(shape)
@@ -94,14 +121,58 @@ class GaussianMixture(Base):
         n = shape.numel()
         u = (torch.arange(n, **like) + torch.rand((), **like)) / max(n, 1)
         index = torch.searchsorted(self.weights.cumsum(0)[:-1].contiguous(), u)[torch.randperm(n, device=u.device)]
-        one_hot = torch.nn.functional.one_hot(index.reshape(shape), len(self.weights)).to(u.dtype)
-        return torch.cat([torch.randn(*shape, self.dim, **like), one_hot], -1)
+        epsilon = torch.randn(*shape, self.dim, **like)
+        if self.df is not None:
+            epsilon = epsilon * _t_factor(shape, self.df, like)
+        return torch.cat([epsilon, index.reshape(*shape, 1).to(epsilon)], -1)
 
     def transform(self, noise: Tensor) -> Tensor:
-        epsilon, one_hot = noise[..., : self.dim], noise[..., self.dim :]
-        return one_hot @ self.loc + (one_hot @ self.log_scale.exp()) * epsilon
+        epsilon, index = noise[..., : self.dim], noise[..., self.dim].long()
+        loc, tril = self.components()
+        return loc[index] + (tril[index] @ epsilon.unsqueeze(-1)).squeeze(-1)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        standard = (z.unsqueeze(-2) - self.loc) * (-self.log_scale).exp()
-        each = -0.5 * (standard * standard).sum(-1) - self.log_scale.sum(-1) + self.weights.log()
-        return each.logsumexp(-1) - 0.5 * self.dim * math.log(2 * math.pi)
+        return self.log_each(z).logsumexp(-1)
+
+    def log_each(self, z: Tensor) -> Tensor:
+        """log(w_k times the density of component k) of z (\\*batch, dim) -> (\\*batch, K)."""
+        loc, tril = self.components()
+        eye = torch.eye(self.dim, dtype=z.dtype, device=z.device)
+        inverse = torch.linalg.solve_triangular(tril, eye.expand_as(tril), upper=False)
+        standard = torch.einsum("kij,...kj->...ki", inverse, z.unsqueeze(-2) - loc)
+        square = standard.square().sum(-1)
+        each = _log_normal(square, self.dim) if self.df is None else _log_t(square, self.dim, self.df)
+        return each - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.weights.log()
+
+    def heavy(self, df: float) -> Base:
+        heavier = copy.deepcopy(self)
+        heavier.df = min(df, self.df or df)
+        return heavier
+
+    @property
+    def normals(self) -> int:
+        return self.dim if self.df is None else 0
+
+
+def _degrees(df: float) -> float:
+    if not df > 0:
+        raise ValueError(f"df: expected a positive number of degrees of freedom, got {df!r}")
+    return float(df)
+
+
+def _t_factor(shape: Size | tuple[int, ...], df: float, like: dict) -> Tensor:
+    """√(df/χ²) (\\*shape, 1), which makes normal noise multivariate t."""
+    half = torch.full((*shape, 1), df / 2, **like)
+    return (half / torch._standard_gamma(half)).sqrt()
+
+
+def _log_normal(square: Tensor, dim: int) -> Tensor:
+    """log N(z; 0, I) from ‖z‖²."""
+    return -0.5 * square - 0.5 * dim * math.log(2 * math.pi)
+
+
+def _log_t(square: Tensor, dim: int, df: float) -> Tensor:
+    """log t_df(z; 0, I) from ‖z‖²."""
+    half = (df + dim) / 2
+    constant = math.lgamma(half) - math.lgamma(df / 2) - 0.5 * dim * math.log(df * math.pi)
+    return constant - half * torch.log1p(square / df)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
@@ -20,6 +21,38 @@ class Bijection(ABC):
     @abstractmethod
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (\\*batch, dim) -> z = f⁻¹(x) (\\*batch, dim) and log|det dz/dx| (\\*batch)."""
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x = f(z), log|det dx/dz| and the score of x's law, J⁻ᵀ (score − ∇_z log|det J|) with J = dx/dz.
+
+        A score is the gradient of a log-density in its argument, parameters held; that of a flow follows the samples
+        through its layers, and no layer need be inverted (Vaitl et al. 2024). This default asks the inverse all the
+        same: what knows how to solve with Jᵀ overrides it.
+
+        Parameters
+        ----------
+        z: (\\*batch, dim), in a graph.
+        score: ∂ log q₀(z)/∂z (\\*batch, dim), in none.
+
+        Returns
+        -------
+        x (\\*batch, dim) and log|det| (\\*batch), in the graph of z and of parameters; the score at x (\\*batch, dim),
+        in none, NaN where an inverse has not converged.
+        """
+        x, logdet = self.forward_and_logdet(z)
+        held = x.detach().requires_grad_()
+        back, back_logdet = self.inverse_and_logdet(held)
+        (score,) = pulled_back((back, back_logdet), (score, torch.ones_like(back_logdet)), held)
+        return x, logdet, score.masked_fill(back_logdet.isnan().unsqueeze(-1), torch.nan)
+
+
+def pulled_back(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Σ cotangentᵀ ∂output/∂input for each input: a gradient in these alone, which leaves the graph as it is."""
+    pairs = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(given) for given in inputs)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True)
 
 
 class Layer(nn.Module, ABC):
@@ -49,6 +82,13 @@ class Compose(Bijection):
             x, logdet = bijection.inverse_and_logdet(x)
             logdets.append(logdet)
         return x, _total(logdets, x)
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logdets = []
+        for bijection in self.bijections:
+            z, logdet, score = bijection.forward_and_score(z, score)
+            logdets.append(logdet)
+        return z, _total(logdets, z), score
 
 
 def _total(logdets: Sequence[Tensor], z: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bijection import Bijection, Layer
+from .bijection import Bijection, Layer, pulled_back
 from .networks import Conditioner, Network
 from .univariate import Univariate
 
@@ -20,6 +20,7 @@ class CouplingBijection(Bijection):
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor, Bijection]:
         keep, change = z.index_select(-1, self.layer.order).split(self.layer.sizes, -1)
+        keep = keep.view_as(keep)  # a node of its own, so that a gradient in it leaves the changed part out
         return keep, change, self.layer.univariate(self.network(keep))
 
     def join(self, keep: Tensor, changed: Tensor) -> Tensor:
@@ -35,6 +36,14 @@ class CouplingBijection(Bijection):
         keep, change, univariate = self.parts(x)
         changed, logdet = univariate.inverse_and_logdet(change)
         return self.join(keep, changed), logdet
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The score of what changes is the univariate's; through the conditioner it pulls on what is kept."""
+        keep, change, univariate = self.parts(z)
+        of_keep, of_change = score.index_select(-1, self.layer.order).split(self.layer.sizes, -1)
+        changed, logdet, of_change = univariate.forward_and_score(change, of_change)
+        (pull,) = pulled_back((changed, logdet), (of_change, torch.ones_like(logdet)), keep)
+        return self.join(keep, changed), logdet, self.join(of_keep - pull, of_change)
 
 
 class Coupling(Layer):

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from .bases import Base
-from .bijection import Bijection, BijectionTransform, Compose, Layer
+from .bijection import Bijection, BijectionTransform, Compose, Layer, pulled_back
 
 
 class NotConverged(RuntimeError):
@@ -51,11 +51,25 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(f"batch_shape: {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}")
         return FlowDistribution(self.base, self.bijection, Size(batch_shape))
 
-    def from_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The draw x (\\*shape, dim) that base noise makes, and its log q (\\*shape): a pure function of the noise."""
+    def from_noise(self, noise: Tensor, path: bool = False) -> tuple[Tensor, Tensor]:
+        """The draw x (\\*shape, dim) that base noise makes, and its log q (\\*shape): a pure function of the noise.
+
+        path: the gradient of log q is that in x alone, its parameters held; the value is the same.
+        """
         z = self.base.transform(noise)
+        if path and torch.is_grad_enabled():
+            return self._path(z)
         x, logdet = self.bijection.forward_and_logdet(z)
         return x, self.base.log_prob(z) - logdet
+
+    def _path(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x = f(z), and log q(x) as a function of x alone: its value, and its gradient (the score) as a linear term."""
+        z = z.expand(torch.broadcast_shapes(z.shape, self.batch_shape + self.event_shape))
+        held = z.detach().requires_grad_()
+        log_base = self.base.log_prob(held)
+        (score,) = pulled_back((log_base,), (torch.ones_like(log_base),), held)
+        x, logdet, score = self.bijection.forward_and_score(z if z.requires_grad else held, score)
+        return x, (log_base - logdet).detach() + (score * (x - x.detach())).sum(-1)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Reparametrised draws (\\*sample_shape, \\*batch_shape, dim) and their log q, in one pass."""

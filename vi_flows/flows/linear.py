@@ -45,6 +45,9 @@ class Permutation(Bijection):
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.index.argsort()), x.new_zeros(x.shape[:-1])
 
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.forward_and_logdet(z), score.index_select(-1, self.index)
+
 
 class LowerTriangular(Bijection):
     """x = L z + shift with L lower triangular of positive diagonal; log|det| = Σ log L_ii.
@@ -65,6 +68,10 @@ class LowerTriangular(Bijection):
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = solve_triangular(self.scale_tril, x - self.shift, upper=False)
         return z, -self.logdet().expand(z.shape[:-1])
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        score = solve_triangular(self.scale_tril.detach().mT, score, upper=True)
+        return *self.forward_and_logdet(z), score
 
 
 def diagonal_scale(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,3 +116,8 @@ class LU(Bijection):
         z = solve_triangular(self.lower, x - self.shift, upper=False, unitriangular=True)
         z = solve_triangular(self.upper, z, upper=True)
         return z, -self.logdet.expand(z.shape[:-1])
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        score = solve_triangular(self.upper.detach().mT, score, upper=False)
+        score = solve_triangular(self.lower.detach().mT, score, upper=True, unitriangular=True)
+        return *self.forward_and_logdet(z), score

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from .bijection import Bijection
 from .inversion import monotone_root, where_converged
-from .linear import matvec
+from .linear import matvec, solve_triangular
 
 MARGIN = 1e-3  # from the edge of invertibility: tanh(10) · tanh(−10) is −1 in float32
 
@@ -99,6 +99,20 @@ class Planar(Bijection):
         step, logdet = self.step_and_logdet(TanhRecurrence.apply(s, self.leading(self.g.tril(-1), s.dim() - 1)))
         return z + step, logdet
 
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The score is s − Wᵀt with (Λ⁻¹ + triu(G)ᵀ) t = Ûᵀs + e, Λ = diag(1 − h²), e = ∂ log|det|/∂h (Woodbury)."""
+        s = (matvec(self.w, z) + self.b).movedim(-1, 0)
+        h = TanhRecurrence.apply(s, self.leading(self.g.tril(-1), s.dim() - 1))
+        step, logdet = self.step_and_logdet(h)
+        with torch.no_grad():
+            h = h.movedim(0, -1)
+            slope = 1 - h * h
+            gain = 1 / (1 + slope * self.wu_hat)
+            right = slope * gain * (matvec(self.u_hat, score) - 2 * h * self.wu_hat * gain)
+            t = solve_triangular((slope * gain).unsqueeze(-1) * self.g.mT, right, upper=False, unitriangular=True)
+            score = score - matvec(self.w.mT, t)
+        return z + step, logdet, score
+
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         wx = matvec(self.w, x).movedim(-1, 0)
         g, h, converged = self.leading(self.g, wx.dim() - 1), [], torch.ones_like(wx[0], dtype=torch.bool)
@@ -147,6 +161,19 @@ class Radial(Bijection):
         x = z + (self.beta / (self.alpha + r)).unsqueeze(-1) * offset
         return x, self.logdet(r, z.shape[-1])
 
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """J is symmetric: its slope is 1 + βh − βrh² = 1 + αβh² along z − z₀ and 1 + βh across (Sherman & Morrison)."""
+        with torch.no_grad():
+            offset = z - self.centre
+            r = torch.linalg.vector_norm(offset, dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
+            h = 1 / (self.alpha + r)
+            bh = self.beta * h
+            across, along = 1 + bh, 1 + bh * h * self.alpha
+            logdet_slope = -bh * h * ((z.shape[-1] - 1) / across + 2 * h * self.alpha / along)
+            radial = (bh * h * (offset * score).sum(-1) / across - logdet_slope) / along
+            score = score / across.unsqueeze(-1) + radial.unsqueeze(-1) * (offset / r.unsqueeze(-1))
+        return *self.forward_and_logdet(z), score
+
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         offset = x - self.centre
         rho = torch.linalg.vector_norm(offset, dim=-1)
@@ -190,18 +217,35 @@ class Sylvester(Bijection):
     def up(self, v: Tensor) -> Tensor:
         """Q v, (\\*batch, rank) -> (\\*batch, dim)."""
 
-    def step_and_logdet(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """R₁ tanh(R₂ v + b), and the log-determinant, at v = Qᵀz."""
-        tanh = torch.tanh(matvec(self.r2, v) + self.b)
+    def hidden(self, v: Tensor) -> Tensor:
+        """tanh(R₂ v + b) at v = Qᵀz."""
+        return torch.tanh(matvec(self.r2, v) + self.b)
+
+    def step_and_logdet(self, tanh: Tensor) -> tuple[Tensor, Tensor]:
+        """R₁ tanh, and the log-determinant."""
         return matvec(self.r1, tanh), torch.log1p((1 - tanh * tanh) * (self.d1 * self.d2)).sum(-1)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        step, logdet = self.step_and_logdet(self.down(z))
+        step, logdet = self.step_and_logdet(self.hidden(self.down(z)))
         return z + self.up(step), logdet
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The score is s + Q (t − Qᵀs) with (I + R₂ᵀ Λ R₁ᵀ) t = Qᵀs − R₂ᵀ e, Λ = diag(1 − tanh²) (Woodbury)."""
+        tanh = self.hidden(self.down(z))
+        step, logdet = self.step_and_logdet(tanh)
+        with torch.no_grad():
+            slope, diagonal = 1 - tanh * tanh, self.d1 * self.d2
+            e = -2 * tanh * slope * diagonal / (1 + slope * diagonal)  # ∂ log|det|/∂(R₂ v + b)
+            down = self.down(score)
+            lower = (self.r2.mT * slope.unsqueeze(-2)) @ self.r1.mT
+            lower = lower + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+            t = solve_triangular(lower, down - matvec(self.r2.mT, e), upper=False)
+            score = score + self.up(t - down)
+        return z + self.up(step), logdet, score
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v, converged = self.back_substitute(self.down(x))
-        step, logdet = self.step_and_logdet(v)
+        step, logdet = self.step_and_logdet(self.hidden(v))
         return x - self.up(step), where_converged(-logdet, converged)
 
     def back_substitute(self, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,11 +33,20 @@ class Network(NamedTuple):
     features: int
 
     def __call__(self, z: Tensor) -> Tensor:
+        return self.raw(self.sums(z)[-1])
+
+    def sums(self, z: Tensor) -> list[Tensor]:
+        """The hidden units before silu, layer by layer, each (\\*batch, width)."""
         h = self.biases[0]
         if self.weights[0].shape[1]:
             h = linear(hardtanh(z, -REACH, REACH), self.weights[0]) + h
+        sums = [h]
         for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
-            h = linear(silu(h), weight, bias)
+            sums.append(linear(silu(sums[-1]), weight, bias))
+        return sums
+
+    def raw(self, h: Tensor) -> Tensor:
+        """raw from the last of the sums."""
         rows = silu(h).reshape(-1, h.shape[-1])
         # the batch is the last axis in memory: univariates then work along long contiguous rows
         raw = torch.addmm(self.biases[-1].unsqueeze(-1), self.weights[-1], rows.mT)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .bijection import Bijection
+from .bijection import Bijection, pulled_back
 from .linear import bounded
 from .univariate import Univariate
 
@@ -38,14 +38,20 @@ class RationalQuadratic(Bijection):
         self.knots = (sums @ sizes.reshape(2, bins, -1).softmax(1)).view(2, bins + 1, *raw.shape[1:])
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.move(z, back=False)
+        x, log_slopes = self.move(z, back=False)
+        return x, log_slopes.sum(-1)
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.move(x, back=True)
-        return z, -log_slope
+        z, log_slopes = self.move(x, back=True)
+        return z, -log_slopes.sum(-1)
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, log_slopes = self.move(z, back=False)
+        (bend,) = pulled_back((log_slopes,), (torch.ones_like(log_slopes),), z)
+        return x, log_slopes.sum(-1), (score - bend) * (-log_slopes.detach()).exp()
 
     def move(self, value: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-        """f(value) or f⁻¹(value) (\\*batch, dim), and Σ log f' (\\*batch) at that pair."""
+        """f(value) or f⁻¹(value) (\\*batch, dim), and log f' (\\*batch, dim) at that pair."""
         value, knots, slopes = _aligned(value.movedim(-1, 0), self.knots, self.slopes)
         at = (value * (0.5 / self.bound) + 0.5).clamp(0, 1)
         index = (knots[int(back), 1:-1] <= at).sum(0)
@@ -54,7 +60,7 @@ class RationalQuadratic(Bijection):
         moved, log_slope = (_solve if back else _evaluate)(at, corners, slopes)
         inside = value.abs() < self.bound
         moved = torch.where(inside, torch.add(value, moved - at, alpha=2 * self.bound), value)
-        return moved.movedim(0, -1), torch.where(inside, log_slope, 0.0).sum(0)
+        return moved.movedim(0, -1), torch.where(inside, log_slope, 0.0).movedim(0, -1)
 
 
 def _aligned(value: Tensor, knots: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,6 +42,9 @@ class Affine(Bijection):
         z = (x - self.shift) * log_slope.exp()
         return z, log_slope.expand(z.shape).sum(-1)
 
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.forward_and_logdet(z), score * (-self.log_scale.detach()).exp()
+
 
 def affine(bound: float = LOG_SCALE_BOUND) -> Univariate:
     """The affine univariate, its log-scale within ±bound."""

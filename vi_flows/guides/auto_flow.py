@@ -19,10 +19,9 @@ from torch.distributions import biject_to
 from ..flows.distribution import Flow, FlowDistribution
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
-from ..inference.fit import FlowChoice, resolve_flow
 from ..inference.initialise import locate, start_points
 from ..inference.posterior import Posterior, seeded
-from ..inference.weights import held_log_prob
+from ..inference.start import FlowChoice, resolve_flow
 from ..targets import PyroModel
 
 DRAWS = 10_000  # from which medians and quantiles are taken
@@ -154,7 +153,8 @@ class AutoFlow(AutoContinuous):
         flow = self._modules["flow"]  # not self.flow: that would register it with Pyro a second time
         if self._pyro_context.active and not pyro.settings.get("module_local_params"):
             self._register(flow)
-        return PathScored(flow) if self._path else flow()
+        law = flow()
+        return PathScored(law.base, law.bijection) if self._path else law
 
     def current(self) -> Flow:
         """The flow, with the parameters that Pyro's store holds under this guide's name, if any."""
@@ -243,17 +243,11 @@ class AutoFlow(AutoContinuous):
 class PathScored(FlowDistribution):
     """A flow's law whose draws are scored with the flow's parameters held."""
 
-    def __init__(self, flow: Flow, batch_shape: Sequence[int] = ()):
-        law = flow()
-        super().__init__(law.base, law.bijection, batch_shape)
-        self.flow = flow
-
     def expand(self, batch_shape: Sequence[int], _instance: None = None) -> PathScored:
-        return PathScored(self.flow, super().expand(batch_shape).batch_shape)
+        return PathScored(self.base, self.bijection, super().expand(batch_shape).batch_shape)
 
-    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        x, _ = super().rsample_and_log_prob(sample_shape)
-        return x, held_log_prob(self.flow, x)
+    def from_noise(self, noise: Tensor, path: bool = True) -> tuple[Tensor, Tensor]:
+        return super().from_noise(noise, path)
 
 
 def _fingerprint(flow: Flow) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..targets.target import Target, check_finite
 from .gaussian import from_covariance
 from .optimise import value_and_grad
-from .proposal import MODE_SCALE, DefensiveProposal
+from .proposal import DefensiveProposal
 from .quantities import carrying, resample
 from .weights import effective_sample_size, in_blocks, log_mean
 
@@ -72,28 +72,30 @@ class Path:
 
         ``DefensiveProposal.draw`` rounds these numbers, which would bias Ẑ.
         """
-        modes, t5 = self.proposal.modes, self.proposal.t5
-        flow, heavy, near_modes = self.proposal.shares
-        shares = torch.cat([self.proposal.weights.new_tensor([flow, heavy]), near_modes * self.proposal.weights])
+        modes = self.proposal.components
+        *of_flow, near_modes = self.proposal.shares
+        shares = torch.cat([modes.weights.new_tensor(of_flow), near_modes * modes.weights])
         component = resample(shares.log(), count)
         n_flow, n_heavy = (int((component == k).sum()) for k in (0, 1))
         near = component[component > 1] - 2
-        z = torch.cat([self.base.transform(self.base.noise((n_flow,))), self.proposal.heavy.noise((n_heavy,))])
-        offset = (modes.scale_tril[near] @ t5.noise((len(near),)).unsqueeze(-1)).squeeze(-1)
-        moved = modes.loc[near] + MODE_SCALE**0.5 * offset
+        heavy = self.proposal.heavy
+        z = torch.cat([self.base.transform(self.base.noise((n_flow,))), heavy.transform(heavy.noise((n_heavy,)))])
+        noise = modes.noise((len(near),))
+        noise[:, -1] = near
+        moved = modes.transform(noise)
         z = torch.cat([z, in_blocks(lambda rows: self.bijection.inverse_and_logdet(rows)[0], moved)])
         drawn = self.at(z.nan_to_num())
         failed = (~z.isfinite().all(-1)).nonzero()[:, 0]
         if len(failed):
             drawn.z[failed], drawn.x[failed] = math.nan, moved[failed - n_flow - n_heavy]
-            drawn.log_m[failed] = math.log(near_modes) + self.proposal.log_modes(drawn.x[failed])
+            drawn.log_m[failed] = math.log(near_modes) + modes.log_prob(drawn.x[failed])
             drawn.log_p[failed] = in_blocks(self.target.log_prob, drawn.x[failed])
         log_p, skipped = check_finite(drawn.log_p, drawn.x, self.target)
         return dataclasses.replace(drawn, log_p=log_p), skipped
 
     def _log_m(self, z: Tensor, x: Tensor, logdet: Tensor) -> Tensor:
         log_q, log_heavy = (base.log_prob(z) - logdet for base in (self.base, self.proposal.heavy))
-        return self.proposal.mixture(log_q, log_heavy, x)
+        return self.proposal.mixture(log_q, log_heavy, self.proposal.components.log_prob(x))
 
 
 @dataclass

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..flows import recipes
+from ..flows.bases import Mixture
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
@@ -154,7 +155,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _rebuild(recipe: str | None, dim: int, state: dict[str, Tensor], flow: Flow | None) -> Flow | None:
     """The fitted flow: the recipe (or the given flow) with the whitening on top, its tensors from the file."""
     if recipe is not None and recipe in recipes.__all__:
-        flow = getattr(recipes, recipe)(dim)
+        base = Mixture(state["base.loc"], weights=state["base.weights"]) if "base.loc" in state else None
+        flow = getattr(recipes, recipe)(dim, base=base)
     if flow is None or not state:
         return None
     if flow.dim != dim:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..targets.target import Target
 from .annealing import KEPT, Path, Run, Rung, pilot, run
+from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .fit import threads as torch_threads
-from .judge import KHAT_BOUND, MISSING_MASS, Check, Verdict, precision
+from .judge import CAVEATS, Verdict
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -72,7 +73,13 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
     log_q = torch.cat([r.log_p - r.log_z if r.log_z > -math.inf else -r.log_p for r in runs])
     weights = Weights(torch.cat([r.x for r in runs]), log_q, torch.cat([r.log_p for r in runs]))
     names, independent, values = _estimates(posterior.target, weights, log_z.to(log_q))
-    checks = [precision(names, values), _evidence(se), _agreement(posterior, level, se), *_steps(runs)]
+    checks = [
+        precision(names, values),
+        sds(names, values),
+        _evidence(se),
+        _agreement(posterior, level, se),
+        *_steps(runs),
+    ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (
         f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
@@ -163,8 +170,9 @@ def _steps(runs: list[Run]) -> list[Check]:
 def _decide(checks: list[Check]) -> Verdict:
     """ "corrected" where every check passes: the weighted draws can be relied on, whatever those of q are like."""
     failed = [c for c in checks if not c.passed]
-    status = "unreliable" if failed else "corrected"
-    lead = "do not rely on these draws" if failed else "use weighted draws (the default of sample): they were annealed"
+    bad = any(c.name not in CAVEATS for c in failed)
+    status = "unreliable" if bad else "corrected"
+    lead = "do not rely on these draws" if bad else "use weighted draws (the default of sample): they were annealed"
     return Verdict(status, (lead, *(c.sentence for c in failed or checks)), tuple(checks))
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from ..targets import resolve_target
-from .fit import Clock, Options, Start, judged, prepare
+from .fit import Candidate, Clock, Options, judged, prepare
 from .fit import threads as torch_threads
 from .initialise import locate, start_points
-from .posterior import Posterior, seeded
+from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .scoring import as_flow
+from .start import Start, Starts
 
 OWN_STARTS = 16  # draws of q among the points from which modes are searched
 
@@ -53,9 +55,11 @@ def diagnose(
         bar.stage("locating")
         with torch.no_grad():
             own = flow().rsample((OWN_STARTS,))
-        modes = locate(target, start_points(target, own, device=device)).modes
+        located = locate(target, start_points(target, own, device=device))
         clock.lap("locating")
         bar.stage("judging")
         name = getattr(guide, "flow_description", "") or f"{type(guide).__name__}, as given"
-        start = Start(flow, modes, name, recipe=None)
-        return judged(flow, start, target, options, {"seed": seed}, clock)
+        start = Start(flow, name, recipe=None)
+        found = Starts((start,), located.modes, located.probes)
+        settings = {"seed": seed, "recipe": None, "model": is_model(target), **options.recorded()}
+        return judged(Candidate(flow, start, math.nan, ()), target, found, options, settings, clock)

@@ -7,33 +7,27 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..flows import recipes
 from ..flows.distribution import Flow
-from ..flows.linear import LowerTriangular
-from ..flows.parameters import Fixed
 from ..targets import Target, check_target, resolve_target, settle_dtype
-from .gaussian import Gaussians
-from .initialise import locate, start_points
-from .judge import Judgement, judge
+from .initialise import joined
+from .judge import CONDITION, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import improper
-from .scoring import as_flow
-from .training import CLOSE, Training, train
+from .start import FlowChoice, Start, Starts, starts
+from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 CHECKED = 32  # points on which a target is checked first
+ANNEALED = (1500, 8)  # particles and replicates with which unreliable weights are mended
 TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
-
-FlowChoice = str | Flow | Callable[[int], Flow]
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,7 @@ class Options:
     threads: int | None = 1
     capture: bool | str = "auto"
     compile: bool = False
+    correct: bool = True
 
     def __post_init__(self):
         for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1)):
@@ -67,8 +62,9 @@ class Options:
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
         if not (isinstance(self.capture, bool) or self.capture == "auto"):
             raise ValueError(f'capture: expected "auto", True or False, got {self.capture!r}')
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile: expected True or False, got {self.compile!r}")
+        for name in ("compile", "correct"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def recorded(self) -> dict[str, Any]:
         """The options as JSON can hold them, without ``init``."""
@@ -109,6 +105,8 @@ def fit(
         never does; True does from the first model evaluation on, and notes why where it cannot.
     compile: compile the training step to machine code, for long trainings: two to ten times faster, after a minute or
         so (not counted in ``max_seconds``). Where that fails a warning and a note say why, and training goes on.
+    correct: where importance weights are unreliable although all modes are seen, anneal (:meth:`Posterior.anneal`), and
+        return that if it can be claimed. False leaves the verdict at what the weights say.
 
     Raises
     ------
@@ -155,39 +153,74 @@ def prepare(target: Target, options: Options) -> Target:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where training begins: a flow on its whitening, Gaussians at the modes seen, and how the flow came about."""
+class Candidate:
+    """A trained flow, or the start that it did not improve on."""
 
     flow: Flow
-    modes: Gaussians | None
-    description: str
-    recipe: str | None
+    start: Start
+    elbo: float
+    notes: tuple[str, ...]
+    trace: Sequence[float] = ()
 
 
 def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
     clock = Clock(options.max_seconds)
-    start = _start(target, choice, options, bar)
+    bar.stage("locating")
+    found = starts(target, choice, options.init, options.device)
     clock.lap("locating")
-    bar.stage("training", options.steps)
-    trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE), bar)
-    best, notes = _never_worse(start.flow, trained, target)
+    best = _best(target, found, options, clock, bar)
     clock.lap("training")
     bar.stage("judging")
-    return judged(best.requires_grad_(False), start, target, options, settings, clock, notes, trained.elbo)
+    settings = settings | {"recipe": best.start.recipe, "model": is_model(target), **options.recorded()}
+    posterior = judged(best, target, found, options, settings, clock)
+    return _annealed(posterior, bar) if options.correct else posterior
+
+
+def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
+    """The posterior, or its annealed draws, where its weights are unreliable but see all modes, and these are not."""
+    from .correct import anneal  # it corrects what this module makes
+
+    failed = [check.name for check in posterior.verdict.checks if not check.passed]
+    if posterior.verdict.status != "unreliable" or CONDITION in failed:
+        return posterior
+    bar.stage("annealing")
+    try:
+        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None)
+    except ValueError as error:
+        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}"))
+    if annealed.verdict.status == "unreliable":
+        reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
+    return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
+
+
+def _best(target: Target, found: Starts, options: Options, clock: Clock, bar: Progress) -> Candidate:
+    """Of the starts, each trained, the one with the best ELBO."""
+    candidates = []
+    for k, start in enumerate(found.flows):
+        bar.stage("training", options.steps)
+        left = len(found.flows) - k
+        try:
+            trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE, left), bar)
+        except DivergedError:
+            if not candidates and left == 1:
+                raise
+            continue
+        candidates.append(_never_worse(start, trained, target))
+    best = max(candidates, key=lambda candidate: candidate.elbo)
+    others = [f"{c.start.description}: ELBO {c.elbo:.3f} against {best.elbo:.3f}." for c in candidates if c is not best]
+    return dataclasses.replace(best, notes=(*best.notes, *others))
 
 
 def judged(
-    flow: Flow,
-    start: Start,
-    target: Target,
-    options: Options,
-    settings: dict[str, Any],
-    clock: Clock,
-    notes: tuple[str, ...] = (),
-    trace: Sequence[float] = (),
+    best: Candidate, target: Target, found: Starts, options: Options, settings: dict[str, Any], clock: Clock
 ) -> Posterior:
     """The flow with its judgement, and how it was made."""
-    judgement = judge(flow, target, start.modes, options.num_draws)
+    flow, modes = best.flow.requires_grad_(False), found.modes
+    judgement = judge(flow, target, modes, options.num_draws, probes=found.probes)
+    if any(check.name == CONDITION and not check.passed for check in judgement.verdict.checks):
+        modes = joined(modes, found.probes)
+        judgement = judge(flow, target, modes, options.num_draws, probes=found.probes, attempt=2)
     if judgement.verdict.status == "unreliable":
         judgement.verdict = judgement.verdict.because(improper(target))
     clock.lap("judging")
@@ -195,45 +228,13 @@ def judged(
         **vars(judgement),
         flow=flow,
         target=target,
-        modes=start.modes,
-        flow_description=start.description,
-        notes=(*notes, *_notes(target, judgement)),
-        trace=list(trace),
-        settings=settings | {"recipe": start.recipe, "model": is_model(target), **options.recorded()},
+        modes=modes,
+        flow_description=best.start.description,
+        notes=(*best.notes, *_notes(target, judgement)),
+        trace=list(best.trace),
+        settings=settings,
         timing=clock.laps,
     )
-
-
-def _start(target: Target, choice: FlowChoice, options: Options, bar: Progress) -> Start:
-    """The chosen flow on top of the best Gaussian that locating finds, or a copy of a warm start's."""
-    init, place = options.init, {"device": options.device, "dtype": torch.float64}
-    if isinstance(init, Posterior) or callable(init):
-        if choice != "auto":
-            raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
-        return _warm_start(init, target, place, bar)
-    if choice != "auto":
-        resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    bar.stage("locating")
-    located = locate(target, start_points(target, _init_points(target, init), device=options.device))
-    flow, name, recipe = resolve_flow(choice, target.dim, nearly_gaussian=located.variance < CLOSE)
-    whitening = Fixed(LowerTriangular, shift=located.best.loc[0], scale_tril=located.best.scale_tril[0])
-    flow = flow.to(**place).then(whitening)
-    return Start(flow, located.modes, f"{name} on {located.best.origin[0]}", recipe)
-
-
-def _warm_start(init: Any, target: Target, place: dict[str, Any], bar: Progress) -> Start:
-    """A copy of the flow of a Posterior, of a Flow, or of an AutoFlow guide."""
-    if not isinstance(init, (Posterior, Flow)) and not isinstance(getattr(init, "flow", None), Flow):
-        kind = type(init).__name__
-        raise ValueError(f"init: expected a Posterior, a Flow or an AutoFlow, got {kind}, which cannot be trained on")
-    flow = as_flow(init, target).requires_grad_().to(**place)
-    if not any(True for _ in flow.parameters()):
-        raise ValueError("init: expected a Posterior of a flow, got one of a guide or law that cannot be trained on")
-    if isinstance(init, Posterior):
-        return Start(flow, init.modes, init.flow_description, init.settings.get("recipe"))
-    bar.stage("locating")  # for the modes alone
-    modes = locate(target, start_points(target, device=place["device"])).modes
-    return Start(flow, modes, f"the flow of the {type(init).__name__} given", None)
 
 
 def _train(flow: Flow, target: Target, options: Options, seconds: float | None, bar: Progress) -> Training:
@@ -253,44 +254,7 @@ def _train(flow: Flow, target: Target, options: Options, seconds: float | None, 
     )
 
 
-def resolve_flow(choice: FlowChoice, dim: int, nearly_gaussian: bool = False) -> tuple[Flow, str, str | None]:
-    """A fresh flow of the given dim, its description, and its recipe's name if it can be rebuilt from that alone.
-
-    "auto" is the spline coupling flow, one pass in both directions, so that training by path gradients and judging
-    are cheap; or the Gaussian, if the log-weights of the one located are all but constant.
-    """
-    if choice == "auto":
-        choice = "gaussian" if nearly_gaussian else "spline"
-    if isinstance(choice, str):
-        if choice not in recipes.__all__:
-            raise ValueError(f'flow: expected "auto" or one of {", ".join(recipes.__all__)}, got {choice!r}')
-        return getattr(recipes, choice)(dim), f"{choice} flow", choice
-    expected = "flow: expected a recipe's name, a callable dim -> Flow, or a Flow"
-    if not isinstance(choice, Flow) and (isinstance(choice, nn.Module) or not callable(choice)):
-        raise TypeError(f"{expected}, got {choice!r}")
-    flow = copy.deepcopy(choice) if isinstance(choice, Flow) else choice(dim)
-    if not isinstance(flow, Flow):
-        raise TypeError(f"{expected}, got a callable that returns {type(flow).__name__}")
-    if flow.dim != dim or flow.context is not None:
-        raise ValueError(f"flow: expected dim {dim} and no context, got dim {flow.dim}, context {flow.context}")
-    return flow, "the flow given", None
-
-
-def _init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
-    """Values to start near, as unconstrained points (n, dim)."""
-    if init is None:
-        return None
-    if isinstance(init, dict):
-        if not is_model(target):
-            raise ValueError("init: named values need a Pyro model; pass a tensor (dim,) of a density's points")
-        init = target.unconstrain(init)
-    points = torch.atleast_2d(torch.as_tensor(init, dtype=torch.float64))
-    if points.shape[-1] != target.dim or points.dim() != 2 or not points.isfinite().all():
-        raise ValueError(f"init: expected finite values of shape ({target.dim},), got {tuple(points.shape)}")
-    return points
-
-
-def _never_worse(start: Flow, trained: Training, target: Target) -> tuple[Flow, tuple[str, ...]]:
+def _never_worse(start: Start, trained: Training, target: Target) -> Candidate:
     """The trained flow, or, if its ELBO is lower, the one that it started from; with notes on what happened."""
     notes = [f"training: {len(trained.elbo)} steps; {trained.reason}."]
     if trained.rolled_back:
@@ -300,15 +264,15 @@ def _never_worse(start: Flow, trained: Training, target: Target) -> tuple[Flow, 
     if trained.note:
         notes.append(f"{trained.note}.")
     with torch.no_grad():
-        noise = start.base.noise((COMPARED,))
+        noise = start.flow.base.noise((COMPARED,))
         before, after = (
             mean_elbo(in_blocks(lambda rows, q=q: log_weights(q, target, rows).log_w, noise).nan_to_num(nan=-math.inf))
-            for q in (start, trained.flow)
+            for q in (start.flow, trained.flow)
         )
     if before > after:
         notes.append(f"training did not help (ELBO {after:.3f} after, {before:.3f} before): the start was kept.")
-        return copy.deepcopy(start), tuple(notes)
-    return trained.flow, tuple(notes)
+        return Candidate(copy.deepcopy(start.flow), start, before, tuple(notes), trained.elbo)
+    return Candidate(trained.flow, start, after, tuple(notes), trained.elbo)
 
 
 def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
@@ -339,5 +303,6 @@ class Clock:
         now = time.monotonic()
         self.laps[name], self.last = now - self.last, now
 
-    def left(self, share: float) -> float | None:
-        return None if self.limit is None else max(share * self.limit - (time.monotonic() - self.began), 0.0)
+    def left(self, share: float, parts: int = 1) -> float | None:
+        """Of that share of the limit, what is left for the next of so many parts; None without a limit."""
+        return None if self.limit is None else max(share * self.limit - (time.monotonic() - self.began), 0.0) / parts

@@ -12,6 +12,7 @@ from ..targets.target import Target
 from .optimise import value_and_grad
 from .weights import in_blocks, mean_elbo
 
+SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
 EXTREME = 1e100  # a Gaussian that reaches further is where an unbounded density ran away to
 
 
@@ -38,6 +39,11 @@ class Gaussians:
 
     def logdet(self) -> Tensor:
         return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Root mean square of L⁻¹(x − loc), for one x (dim,), to each (K,)."""
+        offset = (x - self.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.scale_tril, offset, upper=False).square().mean((-2, -1)).sqrt()
 
     def log_weights(self, target: Target, epsilon: Tensor) -> Tensor:
         """log p − log q of each (n, K), over the same ε (n, dim) for all; −inf where log p is not a number."""
@@ -87,13 +93,24 @@ def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return scale[:, :, None] * tril, finite & (info == 0)
 
 
+def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:
+    """Indices by falling score, without those whose centre is close to a better one in that one's metric."""
+    kept: list[int] = []
+    for i in score.argsort(descending=True).tolist():
+        if len(kept) == limit or score[i] == -torch.inf:
+            break
+        if not kept or float(gaussians.pick(kept).distance(gaussians.loc[i]).amin()) > SAME_MODE:
+            kept.append(i)
+    return kept
+
+
 def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 128) -> Gaussians:
     """Maximise the ELBO over all Gaussians, from each of K starts at once (Khan & Nielsen 2018, whitened).
 
     In the whitened frame x = loc + L ε, with g = Lᵀ∇log p(x), the residual r = g + ε is 0 for a Gaussian target of
     this very shape. Its moments are the natural gradient: precision ← I − ρ sym E[r εᵀ], loc ← loc + ρ L P⁻¹ E[r].
     Residuals are clipped at ten times their median norm, and a step moves no eigenvalue by more than a factor of 2.
-    The rate decays as 1/k in the last three quarters, which averages the iterates. What runs away is left out.
+    The rate decays as 1/k in the last three quarters, which averages the iterates. What runs away stays as it began.
     """
     loc, tril = start.loc, start.scale_tril
     dim = loc.shape[-1]
@@ -118,4 +135,7 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
         half = tril @ vectors * precision.rsqrt().unsqueeze(-2)
         upper = torch.linalg.qr(half.mT)[1]
         tril = (upper * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT
-    return Gaussians(loc, tril, start.origin).pick(usable(loc, tril).nonzero()[:, 0].tolist())
+    good = usable(loc, tril)[:, None]
+    return Gaussians(
+        torch.where(good, loc, start.loc), torch.where(good[..., None], tril, start.scale_tril), start.origin
+    )

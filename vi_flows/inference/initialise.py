@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..flows.bases import Mixture
 from ..targets.target import Target
-from .gaussian import Gaussians, from_covariance, from_precision, gaussian_vi, join
+from .gaussian import SAME_MODE, Gaussians, distinct, from_covariance, from_precision, gaussian_vi, join
+from .mixture import adapt_mixture, log_weights_of
 from .optimise import Iterates, bfgs_paths, newton, value_and_grad
-from .weights import mean_elbo
+from .weights import in_blocks, mean_elbo
 
 STARTS = 64
 PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
-WAVES = 4  # of starts around the optima found, as long as they find new ones
-SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
+MANY_DIMS = 100  # up to which further starts are made
+WAVES = 5  # of starts around the optima found, as long as they find new ones
+AROUND = 1.5  # times the spread of the optima, of candidates around them
+CANDIDATES = 2048
+FARTHEST = 30.0
+NEGLIGIBLE = 7.0  # nats of mass below the heaviest optimum, from where a further one does not matter
+HOPELESS = 30.0  # nats of mass below the best, from where the end of a path is not followed up
 
 
 @dataclass(frozen=True)
@@ -24,27 +32,33 @@ class Located:
     """What locating found.
 
     best: one Gaussian of the highest ELBO; elbo, variance: the mean and variance of its log-weights over 2,000 draws;
-    modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: how many distinct proper
-    optima there are.
+    modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: Laplace approximations at
+    the distinct proper optima; probes: where a last wave of starts ended, by which modes are checked to be complete;
+    mixture: of Gaussians at several optima, where that has a better ELBO than ``best``, and the variance of its
+    log-weights.
     """
 
     best: Gaussians
     elbo: float
     variance: float
     modes: Gaussians
-    optima: int
+    optima: Gaussians
+    probes: Gaussians
+    mixture: Mixture | None
+    mixture_variance: float
 
 
 def locate(target: Target, starts: Tensor) -> Located:
     """Pathfinder paths, Laplace and Gaussian VI from starts (N, dim); the best ELBO wins.
 
     Multi-path Pathfinder (Zhang et al. 2022) with dense BFGS; exact-Hessian Laplace at the distinct ends; natural-
-    gradient Gaussian VI from the best three. The standard normal is always a candidate.
+    gradient Gaussian VI from the best three. The standard normal is always a candidate. Further waves of starts follow
+    until one finds no optimum that matters; where several do, a mixture of Gaussians adapts to them.
     """
     ends, record = bfgs_paths(target, starts)
     paths = pathfinder(target, record)
     reached, optima = laplace(target, ends)
-    optima = _more_optima(target, optima)
+    optima, probes = _further(target, optima)
     dim = starts.shape[1]
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
     standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
@@ -59,27 +73,81 @@ def locate(target: Target, starts: Tensor) -> Located:
     epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
     winner = int(final.elbo(target, epsilon).argmax())
     best_w = final.pick([winner]).log_weights(target, epsilon)[:, 0]
-    modes = _modes([optima, refined, reached, paths])
+    mixture, mixture_variance = _mixture(target, optima, mean_elbo(best_w))
     return Located(
-        final.pick([winner]), mean_elbo(best_w), float(best_w[best_w > -torch.inf].var()), modes, len(optima)
+        best=final.pick([winner]),
+        elbo=mean_elbo(best_w),
+        variance=float(best_w[best_w > -torch.inf].var()),
+        modes=joined(optima, refined, reached, paths),
+        optima=optima,
+        probes=probes,
+        mixture=mixture,
+        mixture_variance=mixture_variance,
     )
 
 
-def _more_optima(target: Target, optima: Gaussians) -> Gaussians:
-    """The optima, with those that further starts find among and around them, wave by wave, while there are new ones."""
+def _further(target: Target, optima: Gaussians) -> tuple[Gaussians, Gaussians]:
+    """The optima with those that further starts find, wave by wave, until one finds none that matters; and the ends of
+    the last wave, which is not followed up, so that they tell how complete the optima are."""
     dim = optima.loc.shape[1]
-    for _ in range(WAVES if dim <= FEW_DIMS else 0):
-        if len(optima) < 2:
+    waves = WAVES if dim <= FEW_DIMS else 2 if dim <= MANY_DIMS else 0
+    probes = optima.pick([])
+    for k in range(waves):
+        ends, _ = bfgs_paths(target, _wave(target, optima), prune=False)
+        probes, index = from_covariance(ends.x, ends.inverse_hessian, "a further start")
+        new = _new(target, optima, probes, ends.value[index])
+        if not new or k == waves - 1:
             break
-        spread = 1.5 * optima.loc.std(0) + optima.scale_tril.diagonal(dim1=-2, dim2=-1).mean(0)
-        starts = optima.loc.mean(0) + spread * torch.randn(STARTS, dim, dtype=spread.dtype, device=spread.device)
-        _, found = laplace(target, bfgs_paths(target, starts)[0])
+        _, found = laplace(target, ends[index[new]])
         every = join([optima, found])
         kept = every.pick(distinct(every, value_and_grad(target, every.loc)[0], limit=modes_kept(dim)))
         if len(kept) <= len(optima):
             break
         optima = kept
-    return optima
+    return optima, probes
+
+
+def _wave(target: Target, optima: Gaussians) -> Tensor:
+    """Starts (about STARTS, dim): a quarter as the first ones; a quarter far out, up to ``FARTHEST`` times the spread
+    of the optima; the others where p is most above what the optima explain, a mixture of t components at them, among
+    ``CANDIDATES`` draws around them (cf. Raftery & Bao 2010)."""
+    fresh = start_points(target, count=STARTS // 4, device=optima.loc.device)
+    if not len(optima):
+        return fresh
+    like = {"dtype": fresh.dtype, "device": fresh.device}
+    centre, offset = optima.loc.mean(0), optima.loc - optima.loc.mean(0)
+    within = (optima.scale_tril @ optima.scale_tril.mT).mean(0)
+    spread = torch.linalg.cholesky(within + offset.mT @ offset / len(optima))
+    scales = FARTHEST ** torch.rand(STARTS // 4, 1, **like)
+    far = centre + scales * torch.randn(len(scales), target.dim, **like) @ spread.mT
+    noise = AROUND * torch.randn(CANDIDATES, target.dim, **like)
+    around = centre + torch.cat([noise[::2] @ spread.mT, noise[1::2] * torch.linalg.vector_norm(spread, dim=-1)])
+    explained = Mixture(optima.loc, optima.scale_tril, df=5.0).requires_grad_(False)
+    ratio = in_blocks(target.log_prob, around).nan_to_num(nan=-torch.inf) - in_blocks(explained.log_prob, around)
+    best = ratio.argsort(descending=True)[: CANDIDATES // 4]
+    return torch.cat([fresh, far, around[best[torch.randperm(len(best))[: STARTS // 2]]]])
+
+
+def _new(target: Target, optima: Gaussians, ends: Gaussians, value: Tensor) -> list[int]:
+    """Which of the ends lie apart from all optima and have, by their curvature, a mass that matters."""
+    if not len(optima):
+        return list(range(len(ends)))
+    known = value_and_grad(target, optima.loc)[0] + optima.logdet()
+    heavy = value + ends.logdet() > known.max() - NEGLIGIBLE
+    apart = torch.stack([optima.distance(x) for x in ends.loc]).amin(-1) > SAME_MODE
+    return (heavy & apart).nonzero()[:, 0].tolist()
+
+
+def _mixture(target: Target, optima: Gaussians, elbo: float) -> tuple[Mixture | None, float]:
+    """A mixture adapted to the optima, if there are several and its ELBO is better than that of the best Gaussian; and
+    the variance of its log-weights."""
+    if len(optima) < 2:
+        return None, math.nan
+    mixture = adapt_mixture(target, optima)
+    log_w = log_weights_of(target, mixture)
+    if len(mixture.weights) < 2 or not mean_elbo(log_w) > elbo:
+        return None, math.nan
+    return mixture, float(log_w[log_w > -torch.inf].var())
 
 
 def modes_kept(dim: int) -> int:
@@ -99,9 +167,9 @@ def _refine(target: Target, start: Gaussians) -> Gaussians:
     return join([g.named("Gaussian VI from {}") for g in refined])
 
 
-def _modes(kinds: list[Gaussians]) -> Gaussians:
+def joined(*kinds: Gaussians) -> Gaussians:
     """Distinct Gaussians of all kinds, the first ones first."""
-    every = join(kinds)
+    every = join(list(kinds))
     order = torch.arange(len(every), 0, -1, dtype=every.loc.dtype)
     return every.pick(distinct(every, order, limit=modes_kept(every.loc.shape[1])))
 
@@ -147,26 +215,12 @@ def laplace(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians]:
     damped Newton steps lead from there, N(x, (−∇² log p)⁻¹), where that is positive."""
     rows, index = from_covariance(ends.x, ends.inverse_hessian, "the end of a path")
     limit = modes_kept(rows.loc.shape[1])
+    mass = ends.value[index] + rows.logdet()
     order = distinct(rows, ends.value[index], limit)
+    order = [i for k, i in enumerate(order) if k < PATHS or mass[i] > mass[order].max() - HOPELESS]
     reached = rows.pick(order)
     if not order:
         return reached, reached
     x, value, hessian = newton(target, ends[index[order]])
     found, kept = from_precision(x, -hessian, "Laplace")
     return reached, found.pick(distinct(found, value[kept], limit))
-
-
-def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:
-    """Indices by falling score, without those whose centre is close to a better one in that one's metric."""
-    kept: list[int] = []
-    for i in score.argsort(descending=True).tolist():
-        if len(kept) == limit or score[i] == -torch.inf:
-            break
-        far = True
-        for j in kept:
-            offset = (gaussians.loc[i] - gaussians.loc[j]).unsqueeze(-1)
-            standard = torch.linalg.solve_triangular(gaussians.scale_tril[j], offset, upper=False)
-            far &= float(standard.square().mean()) > SAME_MODE**2
-        if far:
-            kept.append(i)
-    return kept

@@ -91,12 +91,13 @@ def concatenate(parts: list[Iterates]) -> Iterates:
 
 
 def bfgs_paths(
-    target: Target, starts: Tensor, iterations: int = 150, tolerance: float = 1e-5
+    target: Target, starts: Tensor, iterations: int = 150, tolerance: float = 1e-5, prune: bool = True
 ) -> tuple[Iterates, Iterates]:
     """Maximise log p from each start (N, dim) by BFGS; returns the ends and a thinned record of the paths.
 
     A path stops when the gain that the local quadratic promises, ½ gᵀHg (in nats, whatever the scaling), is below
-    ``tolerance``, when its line search fails, or when it is in the worse half of those going after every 20 iterations.
+    ``tolerance``, when its line search fails, or, with ``prune``, when it is in the worse half of those going after
+    every 20 iterations.
     Points are recorded at iterations about 1.3 times apart.
     """
     value, grad = value_and_grad(target, starts)
@@ -114,7 +115,7 @@ def bfgs_paths(
         active = active[going]
         if not len(active):
             break
-        if k % PRUNE_EVERY == 0 and len(active) > PATHS:
+        if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
             active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
     return at, concatenate(record) if record else at
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from .rehearse import Rehearsal
+
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -48,6 +50,7 @@ class Posterior(Judgement):
     proposal: draws of the defensive proposal with their weights, from which :meth:`sample` resamples.
     flow, target: as fitted; None where a file was loaded without them.
     modes: Gaussians at the optima that locating saw. flow_description, trace, settings, timing: how it was made.
+    rehearsal: what :meth:`rehearse` found.
     """
 
     flow: Flow | None
@@ -59,6 +62,7 @@ class Posterior(Judgement):
     settings: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     stored: dict[str, Tensor] | None = None
+    rehearsal: Rehearsal | None = None
 
     @property
     def dim(self) -> int:
@@ -217,6 +221,50 @@ class Posterior(Judgement):
         from .correct import anneal
 
         return anneal(self, particles, replicates, seed, progress, threads)
+
+    def mcmc(
+        self,
+        method: str = "nuts",
+        chains: int = 8,
+        draws: int | None = None,
+        warmup: int | None = None,
+        seed: int | None = 0,
+        progress: bool = False,
+        threads: int | None = 1,
+    ) -> Posterior:
+        """A correction by Markov chains: a posterior whose weighted draws are their states, equally weighted.
+
+        method: "nuts" or "hmc", chains by Pyro's kernels in the flow's latent space, where the flow has straightened p
+        (NeuTra: Hoffman et al. 2019), from draws of this posterior; "imh" or "isir", independence Metropolis or
+        iterated sampling importance resampling (Andrieu, Lee & Vihola 2018), whose proposals are the weighted draws at
+        hand, begun where their total variation distance is bounded by .01 (Biswas, Jacob & Vanetti 2019).
+        chains: at least 2; those of "nuts" and "hmc" are evaluated together, so that eight cost little more than one.
+        draws, warmup: of each of these, 750 after 300 unless said. seed: the result depends on it alone; None: drawn
+        from the global generator. progress: show a progress bar. threads: of torch, meanwhile.
+
+        Returns a Posterior with the same flow, whose ``proposal`` holds the states; ``settings["mcmc"]`` says what was
+        done. Its verdict is "corrected" or "unreliable", by R̂, ESS, precision and tails of every quantity, by
+        divergences and energies, or by the bound and the tails of the weights, and by agreement with the importance
+        weights, whose log_evidence it keeps. Chains that cannot move between modes show in R̂.
+
+        Raises ValueError for arguments out of range and without target or flow.
+        """
+        from .mcmc import mcmc
+
+        return mcmc(self, method, chains, draws, warmup, seed, progress, threads)
+
+    def rehearse(self, k: int = 20, seed: int = 0, **options: Any) -> Rehearsal:
+        """Check fits of this model by k data sets drawn from the fit, each refitted together with the real data.
+
+        What it says is in ``sentences`` and ``table()`` of the result, which is kept as ``rehearsal`` too: a bound on
+        false claims, and how often intervals hold the values that made the data. More, and the options, in
+        :func:`vi_flows.inference.rehearse.rehearse`. Raises ValueError for a density, and for a model whose data cannot
+        be simulated.
+        """
+        from .rehearse import rehearse
+
+        self.rehearsal = rehearse(self, k, seed, **options)
+        return self.rehearsal
 
     def save(self, path: str | Path) -> Path:
         """Write everything but the target to one safetensors file with a JSON header, atomically; returns its path."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..flows.bases import StudentT
+from ..flows.bases import Mixture
 from ..flows.distribution import Flow
 from .gaussian import Gaussians, from_covariance
 from .weights import in_blocks
@@ -21,9 +21,9 @@ MODE_SCALE = 1.5  # of a component's scale matrix over the inverse curvature
 class DefensiveProposal:
     """m = 0.8 q + 0.1 q_t + 0.1 Σ_k t₅(loc_k, 1.5 Σ_k)/K: weights against m are at most 1.25 times those against q.
 
-    q_t is the flow over a multivariate-t₄ base; the t₅ components sit at the modes that locating found, or, without
-    any, at the moments of q (Hesterberg 1995 on defensive mixtures). Where q has missed modes, :meth:`adapted` gives
-    their components the shares that they need; ``shares`` are those of q, q_t and the components, whose own are
+    q_t is the flow over its base with the tails of a t₄; the t₅ components sit at the modes that locating found, or,
+    without any, at the moments of q (Hesterberg 1995 on defensive mixtures). Where q has missed modes, :meth:`adapted`
+    gives their components the shares that they need; ``shares`` are those of q, q_t and the components, whose own are
     ``weights`` (K,), and weights against m are then at most 1/shares[0] times those against q.
     """
 
@@ -35,11 +35,11 @@ class DefensiveProposal:
         weights: Tensor | None = None,
     ):
         self.flow, self.shares = flow, shares
-        self.heavy = StudentT(flow.dim, TAIL_DF).to(dtype=flow.dtype, device=flow.device)
-        self.t5 = StudentT(flow.dim, MODE_DF).to(dtype=flow.dtype, device=flow.device)
+        self.heavy = flow.base.heavy(TAIL_DF)
         self.modes = modes if modes is not None and len(modes) else self._moments()
-        even = torch.full((len(self.modes),), 1 / len(self.modes), dtype=flow.dtype, device=flow.device)
-        self.weights = even if weights is None else weights
+        tril = MODE_SCALE**0.5 * self.modes.scale_tril
+        self.components = Mixture(self.modes.loc, tril, weights, MODE_DF).requires_grad_(False)
+        self.components.to(dtype=flow.dtype, device=flow.device)
 
     def _moments(self) -> Gaussians:
         with torch.no_grad():
@@ -58,22 +58,31 @@ class DefensiveProposal:
         n_modes, n_heavy = (round(share * count) for share in (self.shares[2], self.shares[1]))
         n_flow = count - n_modes - n_heavy
         base = self.flow.base
-        z = torch.cat([base.transform(base.noise((n_flow,))), self.heavy.noise((n_heavy,))])
+        z = torch.cat([b.transform(b.noise((n,))) for b, n in ((base, n_flow), (self.heavy, n_heavy))]).detach()
         pairs = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.forward_and_logdet(rows)), -1), z)
         x, logdet = pairs[:, :-1], pairs[:, -1]
-        moved = self._mode_draws(n_modes)
+        moved = self.components.transform(self.components.noise((n_modes,)))
         inverse = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), moved)
         x = torch.cat([x, moved])
         z, logdet = torch.cat([z, inverse[:, :-1]]), torch.cat([-logdet, inverse[:, -1]])
-        with torch.no_grad():
-            log_q, log_heavy = self.flow.base.log_prob(z) + logdet, self.heavy.log_prob(z) + logdet
+        log_q, log_m = self._log_probs(x, z, logdet)
+        return x, log_m, log_q, n_flow
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log m at x (N, dim), as (N,)."""
+        found = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), x)
+        return self._log_probs(x, found[:, :-1], found[:, -1])[1]
+
+    def _log_probs(self, x: Tensor, z: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+        """log q and log m at x = f(z), with log|det dz/dx|."""
+        log_q, log_heavy = (in_blocks(base.log_prob, z) + logdet for base in (self.flow.base, self.heavy))
         # an inverse that did not converge far out says that the flow has no mass there
         log_q, log_heavy = (torch.nan_to_num(part, nan=-torch.inf) for part in (log_q, log_heavy))
-        return x, self.mixture(log_q, log_heavy, x), log_q, n_flow
+        return log_q, self.mixture(log_q, log_heavy, in_blocks(self.components.log_prob, x))
 
-    def mixture(self, log_q: Tensor, log_heavy: Tensor, x: Tensor) -> Tensor:
-        """log m at x, from the log densities of q and q_t there."""
-        parts = zip((log_q, log_heavy, self.log_modes(x)), self.shares, strict=True)
+    def mixture(self, log_q: Tensor, log_heavy: Tensor, log_near: Tensor) -> Tensor:
+        """log m from the log densities of q, q_t and the components."""
+        parts = zip((log_q, log_heavy, log_near), self.shares, strict=True)
         return torch.stack([part + math.log(share) for part, share in parts]).logsumexp(0)
 
     def adapted(self, x: Tensor, log_m: Tensor, log_w: Tensor) -> DefensiveProposal | None:
@@ -81,8 +90,7 @@ class DefensiveProposal:
         2008); None where the components together carry less than ``ADAPT`` of it, for q has that mass then.
         """
         w = (log_w - log_w.logsumexp(0)).exp()
-        each = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))], -1) - log_m.unsqueeze(-1)
-        mass = self.shares[2] * self.weights * (w @ each.exp())
+        mass = self.shares[2] * (w @ (in_blocks(self.components.log_each, x) - log_m.unsqueeze(-1)).exp())
         total = float(mass.sum())
         if not total > ADAPT:
             return None
@@ -90,22 +98,6 @@ class DefensiveProposal:
         rest = [(1 - share) * s / (SHARES[0] + SHARES[1]) for s in SHARES[:2]]
         weights = 0.8 * mass / total + 0.2 / len(mass)
         return DefensiveProposal(self.flow, self.modes, (*rest, share), weights)
-
-    def _mode_draws(self, count: int) -> Tensor:
-        at = (torch.arange(count, dtype=self.weights.dtype, device=self.flow.device) + 0.5) / max(count, 1)
-        component = torch.searchsorted(self.weights.cumsum(0), at).clamp_max(len(self.modes) - 1)
-        tril = MODE_SCALE**0.5 * self.modes.scale_tril[component]
-        return self.modes.loc[component] + (tril @ self.t5.noise((count,)).unsqueeze(-1)).squeeze(-1)
-
-    def log_modes(self, x: Tensor) -> Tensor:
-        """log density of the mixture of t components."""
-        each = torch.stack([self._log_t5(x, k) for k in range(len(self.modes))], -1)
-        return (each + self.weights.log()).logsumexp(-1)
-
-    def _log_t5(self, x: Tensor, k: int) -> Tensor:
-        tril = MODE_SCALE**0.5 * self.modes.scale_tril[k]
-        standard = torch.linalg.solve_triangular(tril, (x - self.modes.loc[k]).mT, upper=False).mT
-        return self.t5.log_prob(standard) - tril.diagonal().log().sum()
 
 
 def _column(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

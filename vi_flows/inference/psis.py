@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SHORT = 0.01  # a shape below which a tail is treated as one of this shape
 EVEN = 0.1  # spread of log w within which weights have no tail to speak of
 
 
@@ -40,9 +42,31 @@ def khat(log_w: Tensor) -> float:
     return smooth(log_w)[1]
 
 
-def khat_upper(khat: float, draws: int) -> float:
+def khat_upper(khat: float, draws: int, multiple: float = 1.28) -> float:
     """Upper 90 % limit of k̂ from ``draws`` weights: k̂ + 1.28 (1 + k̂)/√M, M tail weights."""
-    return khat + 1.28 * (1 + max(khat, -1.0)) / math.sqrt(tail_size(draws))
+    return khat + multiple * (1 + max(khat, -1.0)) / math.sqrt(tail_size(draws))
+
+
+def hidden(log_w: Tensor, shape: float) -> float:
+    """How much of Σ w is to be expected beyond the largest weights of log_w (S,), if their tail has this shape k.
+
+    The M largest weights exceed the next one, u, by a generalised Pareto distribution of shape k and scale σ, the one
+    that has their median. The mean over S draws of what lies beyond its 1 − 1/S quantile, which S draws reach about
+    once, is::
+
+        ∫₀^{1/S} Q(1 − t) dt · S = u + (σ/k) (M^k/(1 − k) − 1),     Q(1 − t) = u + (σ/k) ((tS/M)^{−k} − 1)
+
+    in the units of Σ w: a share of the integral where w sum to 1. +inf for k ≥ 1, where the tail has no mean. For
+    purely Pareto weights the share is S^{k−1}, and share < 0.1 the rule k < 1 − 1/log₁₀ S of Vehtari et al. 2024.
+    """
+    log_w = log_w[log_w > -math.inf]
+    if shape >= 1 or len(log_w) < 5:
+        return math.inf
+    size, shape = math.ceil(tail_size(len(log_w))), max(shape, SHORT)
+    *largest, threshold = log_w.topk(size + 1).values.exp().tolist()
+    excess = statistics.median(largest) - threshold
+    scale = shape * excess / (2**shape - 1)
+    return threshold + scale / shape * (size**shape / (1 - shape) - 1)
 
 
 def tail_size(draws: int) -> float:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..flows.bases import StandardNormal
 from ..flows.distribution import Flow
 from ..targets.target import Target
 from .objectives import Objective, elbo
@@ -109,8 +108,7 @@ class _Loop:
         self.flat, self.gradient = gradient.flat, gradient
         self.vector = self.flat.vector.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
-        tails = step.path and isinstance(step.flow.base, StandardNormal)
-        self.widened = int(WIDENED * particles) if tails else 0
+        self.widened = int(WIDENED * particles) if step.path and step.flow.base.normals else 0
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
         self.variances: deque[float] = deque(maxlen=WINDOW)
         self.warm_up = max(1, min(WINDOW, steps // 10))
@@ -121,10 +119,10 @@ class _Loop:
         self.mean, self.count = self.vector.detach().clone(), 0
 
     def _noise(self) -> Tensor:
-        noise = self.step.flow.base.noise((self.particles,))
-        stretch = torch.ones(self.particles, 1, dtype=noise.dtype, device=noise.device)
-        stretch[self.particles - self.widened :] = 1 + WIDER / noise.shape[-1] ** 0.5
-        return noise * stretch
+        base = self.step.flow.base
+        noise = base.noise((self.particles,))
+        noise[self.particles - self.widened :, : base.normals] *= 1 + WIDER / base.dim**0.5
+        return noise
 
     def rate(self, i: int) -> float:
         if i < self.decay_from:

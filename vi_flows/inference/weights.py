@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..flows.distribution import Flow
 from ..targets.target import Target
@@ -38,29 +37,12 @@ def log_weights(q: Flow, target: Target, draws: int | Tensor, path: bool = False
     target: its ``log_prob`` maps (N, dim) to (N,).
     draws: how many, or base noise (*shape, k) to make them from.
     path: score x under q with the parameters held, so that only the path gradient of E[log w] is left
-        (sticking the landing: Roeder, Wu & Duvenaud 2017); for the ELBO only.
+        (sticking the landing: Roeder, Wu & Duvenaud 2017; without an inverse: Vaitl et al. 2024); for the ELBO only.
     """
     noise = q.base.noise((draws,)) if isinstance(draws, int) else draws
-    x, log_q = q().from_noise(noise)
-    if path:
-        log_q = held_log_prob(q, x)
+    x, log_q = q().from_noise(noise, path)
     log_p = target.log_prob(x.reshape(-1, x.shape[-1])).reshape(log_q.shape)
     return Weights(x, log_q, log_p)
-
-
-def held_log_prob(q: Flow, x: Tensor) -> Tensor:
-    """log q(x) (*shape) of x (*shape, dim) with q's parameters held: its gradient is that in x alone."""
-    held = {name: value.detach() for name, value in [*q.named_parameters(), *q.named_buffers()]}
-    return functional_call(_Scorer(q), {f"flow.{name}": value for name, value in held.items()}, (x,))
-
-
-class _Scorer(torch.nn.Module):
-    def __init__(self, flow: Flow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
 
 
 def in_blocks(fn, x: Tensor, block: int = BLOCK) -> Tensor:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ..inference.fit import fit
-from ..inference.judge import CORRECTED
+from ..inference.judge import CAVEATS, CORRECTED
 from ..inference.posterior import Posterior
+from ..inference.ranks import Rate
+from ..inference.refits import CLAIMED, STATUSES
 from .synthetic import KINDS, SyntheticTarget, synthetic
 
-CLAIMED, STATUSES = ("reliable", "corrected"), ("reliable", "corrected", "unreliable", "error")
 EXACT, WEIGHTED = 200_000, 40_000  # draws: of the truth, and of the posterior beside it
 PROBABILITIES = (0.05, 0.5, 0.95)
 # what makes numbers wrong; the judge's own bounds are not asked, so that they may change
 LIMITS = {"log Z": 0.1, "mean": 0.1, "P5": 0.015, "P50": 0.03, "P95": 0.015}
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,7 @@ class Row:
     @property
     def stopped_by(self) -> list[str]:
         """The failed checks without which the fit would have been claimed."""
-        return [name for name in self.failed if name not in CORRECTED]
-
-
-@dataclass(frozen=True)
-class Rate:
-    """count of total, with the exact interval of a binomial share (Clopper & Pearson 1934)."""
-
-    count: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.count / self.total if self.total else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The two-sided 95 % interval; (0, 1) of nothing."""
-        from scipy.stats import binomtest  # takes a while to import
-
-        if not self.total:
-            return 0.0, 1.0
-        found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="exact")
-        return float(found.low), float(found.high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.count} of {self.total}, {self.value:.1%} ({low:.1%} to {high:.1%})"
+        return [name for name in self.failed if name not in (*CORRECTED, *CAVEATS)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..flows import recipes
-from ..flows.bases import Base, GaussianMixture, StandardNormal, StudentT
+from ..flows.bases import Base, Mixture, StandardNormal, StudentT
 from ..flows.bijection import Bijection, Layer
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
@@ -98,13 +98,18 @@ def synthetic(kind: str, seed: int, dim: int | None = None) -> SyntheticTarget:
     make, least = KINDS[kind]
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < least):
         raise ValueError(f"dim: expected an integer of at least {least} for kind {kind!r}, got {dim!r}")
-    with seeded(STREAM * (seed + 1) + list(KINDS).index(kind)):
-        drawn = round(math.exp(_uniform(math.log(least), math.log(LARGEST_DIM))))
-        dim = drawn if dim is None else dim
-        base, layers, words = make(dim)
-        bent, bend_words = _bent(dim)
-        affine, affine_words = _affine(dim)
-        flow = Flow([*layers, *bent, affine], base)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # which random numbers are drawn depends on it
+    try:
+        with seeded(STREAM * (seed + 1) + list(KINDS).index(kind)):
+            drawn = round(math.exp(_uniform(math.log(least), math.log(LARGEST_DIM))))
+            dim = drawn if dim is None else dim
+            base, layers, words = make(dim)
+            bent, bend_words = _bent(dim)
+            affine, affine_words = _affine(dim)
+            flow = Flow([*layers, *bent, affine], base)
+    finally:
+        torch.set_default_dtype(before)
     return SyntheticTarget(flow, kind, seed, f"{words}, {bend_words}, {affine_words}")
 
 
@@ -124,7 +129,7 @@ def _mixture(dim: int) -> tuple[Base, list[Layer], str]:
     scale = 0.5 + torch.rand(count, dim, dtype=torch.float64)
     weights = (_choice(2) * torch.randn(count, dtype=torch.float64)).softmax(0)
     words = f"mixture of {count}, {apart:.1f} apart, least weight {float(weights.min()):.2f}"
-    return GaussianMixture(loc, scale, weights), [], words
+    return Mixture(loc, scale, weights), [], words
 
 
 def _funnel(dim: int) -> tuple[Base, list[Layer], str]:

@@ -1,0 +1,173 @@
+"""What the verdict asks of importance weights: of those of the defensive proposal m, and of q's beside them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from ..targets.target import Target
+from .psis import hidden, khat, khat_upper
+from .quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, vary
+from .weights import Weights, log_mean, log_mean_se, mean_elbo
+
+KHAT_BOUND = 0.7  # from where weights, as they are, do not serve to compare others with
+UNSEEN, MEAN_UNSEEN = 0.02, 0.05  # what weights beyond those drawn may carry: of the integral, of means (in sd)
+HEAVIEST = 0.95  # shape of the weights' tail: p has an integral, so they have a mean
+MEAN_SE = 0.025
+PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64)  # at the 5, 50 and 95 % points
+LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
+MISSING_MASS = 0.02
+DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
+OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
+SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
+TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
+NAMED = 4  # quantities in one sentence
+UPPER, TWO = 1.28, 2.0  # standard errors: of k̂, and of what q is compared by, at the first attempt
+
+
+@dataclass(frozen=True)
+class Check:
+    """One step of the rule: passed if statistic < bound; sentence says it in words."""
+
+    name: str
+    statistic: float
+    bound: float
+    passed: bool
+    sentence: str
+
+
+def stricter(multiple: float, attempt: int) -> float:
+    """The multiple of a standard error at which attempt i errs 2^(i−1) times less often than attempt 1 does.
+
+    Judging one fit after the other until one passes is optional stopping: together the attempts err at most twice as
+    often as the first.
+    """
+    error = 1 - NormalDist().cdf(multiple)
+    return -NormalDist().inv_cdf(error / 2 ** (attempt - 1))
+
+
+def of_weights(target: Target, pooled: Weights, own: Weights, attempt: int = 1) -> list[Check]:
+    """All that follows from weighted draws of m (pooled) and of q (own)."""
+    log_w = pooled.log_w - pooled.log_w.logsumexp(0)
+    alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
+    names, theta = flatten(target.constrain(pooled.x[alive]))
+    columns = vary(theta)
+    if len(alive) < 5 or not len(columns):
+        return [Check("tails", math.inf, UNSEEN, False, "a few draws carry all the weight: the target may be improper")]
+    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
+    values = estimate(theta, log_w[alive])
+    upper, two = stricter(UPPER, attempt), stricter(TWO, attempt)
+    unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
+    mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
+    return [
+        tails(log_w, upper),
+        tails_of_means(names, unseen[0]),
+        precision(names, values),
+        sds(names, values, unseen[1]),
+        mass(pooled.log_w, own.log_w, two),
+        divergence(pooled.log_w, own.log_w, two),
+        own_draws(names, mine, values),
+    ]
+
+
+def tails(log_w: Tensor, multiple: float = UPPER) -> Check:
+    """The share of ∫p that weights beyond the largest ones carry, at the upper limit of k̂: see psis.hidden."""
+    upper = khat_upper(khat(log_w), len(log_w), multiple)
+    share = hidden(log_w - log_w.logsumexp(0), min(upper, HEAVIEST))
+    sentence = f"weights beyond those drawn carry up to {share:.2%} of the integral (upper limit of k̂ {upper:.2f}"
+    passed = share < UNSEEN
+    sentence += ")" if passed else f"), not below {UNSEEN:.0%}: a few draws carry the estimates"
+    return Check("tails", share, UNSEEN, passed, sentence)
+
+
+def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, multiple: float = UPPER) -> Tensor:
+    """What weights beyond those drawn may add to the means, in sd, and to the log sds: (2, Q).
+
+    psis.hidden of w|h| and of w h²/2, h = (θ − mean)/sd, with weights log_w (S,) that sum to 1; 0 for all but the
+    TAILED quantities in which single draws lead most. draws: of m, those without weight included.
+    """
+    log_h = ((theta - values.mean) / values.sd).abs().log()
+    contribution = log_w[:, None] + 2 * log_h
+    lead = (contribution.amax(0) - contribution.logsumexp(0)).argsort(descending=True)[:TAILED].tolist()
+    unseen = torch.zeros(2, theta.shape[1], dtype=theta.dtype)
+    for i in lead:
+        for power in (1, 2):
+            terms = log_w + power * log_h[:, i]
+            unseen[power - 1, i] = hidden(terms, khat_upper(khat(terms), draws, multiple)) / power
+    return unseen
+
+
+def tails_of_means(names: list[str], unseen: Tensor) -> Check:
+    """By how much weights beyond those drawn may move a mean, in sd."""
+    worst, name = _worst(unseen, names)
+    passed = worst < MEAN_UNSEEN
+    sentence = f"weights beyond those drawn move means by up to {worst:.3f} sd ({name}"
+    sentence += ")" if passed else f"), not below {MEAN_UNSEEN}"
+    return Check("tails of means", worst, MEAN_UNSEEN, passed, sentence)
+
+
+def precision(names: list[str], values: Estimates) -> Check:
+    """The largest standard error, of means and of probabilities, as a multiple of what is asked for."""
+    asked = PROBABILITY_SE.to(values.probability_se)
+    kinds = {"the mean": values.mean_se / values.sd / MEAN_SE, "a quantile": (values.probability_se / asked).amax(0)}
+    kind, ratio = max(kinds.items(), key=lambda item: _worst(item[1], names)[0])
+    worst, name = _worst(ratio, names)
+    sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"
+    return Check("precision", worst, 1.0, worst < 1, sentence)
+
+
+def sds(names: list[str], values: Estimates, unseen: Tensor | float = 0.0) -> Check:
+    """How far log sds may be off: by what no weight has shown (Q,), and by 2 se."""
+    error = unseen + TWO * values.log_sd_se
+    worst, name = _worst(error, names)
+    if worst < LOG_SD:
+        sentence = f"the least certain log sd, of {name}, is off by less than {worst:.3f}"
+        return Check("sds", worst, LOG_SD, True, sentence)
+    many = [names[i] for i in (~(error < LOG_SD)).nonzero()[:, 0].tolist()]
+    shown = ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
+    sentence = f"tails are too heavy to tell the sd of {shown} to {LOG_SD:.0%}: rely on quantiles there, not on sds"
+    return Check("sds", worst, LOG_SD, False, sentence)
+
+
+def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
+    difference = log_mean(log_w) - log_mean(log_w_q)
+    statistic = abs(difference) + multiple * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
+    passed = statistic < MISSING_MASS
+    sentence = f"log Ẑ by the defensive proposal and by q differ by {difference:+.4f} (with 2 se: {statistic:.4f}"
+    sentence += (
+        ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
+    )
+    return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
+
+
+def divergence(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
+    """KL(q‖p): what q has wrong in all quantities together, dependence among them included."""
+    finite = log_w_q[log_w_q > -math.inf]
+    spread = float(finite.std()) if len(finite) > 1 else math.inf
+    gap = log_mean(log_w) - mean_elbo(log_w_q)
+    statistic = gap + multiple * math.hypot(spread / math.sqrt(len(log_w_q)), log_mean_se(log_w))
+    passed = statistic < DIVERGENCE
+    sentence = f"KL(q‖p), the gap of the ELBO, is {gap:.3f} (with 2 se: {statistic:.3f}"
+    sentence += ")" if passed else f", not below {DIVERGENCE})"
+    return Check("divergence", statistic, DIVERGENCE, passed, sentence)
+
+
+def own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:
+    """The largest difference between q's unweighted draws and the estimates, as a multiple of what is allowed."""
+    theta = theta[theta.isfinite().all(-1)]
+    mean = (theta.mean(0) - values.mean).abs() / values.sd / SHIFT
+    below = (theta[:, None] <= values.quantiles).to(theta.dtype).mean(0)
+    off = (below - torch.tensor(PROBABILITIES).to(below)[:, None]).abs() / torch.tensor(SHIFTS).to(below)[:, None]
+    worst, name = _worst(torch.maximum(mean, off.amax(0)), names)
+    sentence = f"draws of q, unweighted, differ most in {name}, by {worst:.2f} times what is allowed"
+    return Check("own draws", worst, 1.0, worst < 1, sentence)
+
+
+def _worst(ratio: Tensor, names: list[str]) -> tuple[float, str]:
+    """The largest (NaN counts as infinite), and whose it is."""
+    ratio = ratio.nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(ratio.max()), names[int(ratio.argmax())]

@@ -1,0 +1,140 @@
+"""Where training starts: a flow over the Gaussian, or the mixture of Gaussians, that locating found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flows import recipes
+from ..flows.bases import Base
+from ..flows.distribution import Flow
+from ..flows.linear import LowerTriangular
+from ..flows.parameters import Fixed
+from ..targets import Target
+from .gaussian import Gaussians
+from .initialise import Located, locate, start_points
+from .mixture import whitened
+from .posterior import Posterior, is_model
+from .scoring import as_flow
+from .training import CLOSE
+
+FlowChoice = str | Flow | Callable[[int], Flow]
+UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
+
+
+@dataclass(frozen=True)
+class Start:
+    """A flow to train, how it came about, and its recipe's name if it can be rebuilt from that."""
+
+    flow: Flow
+    description: str
+    recipe: str | None
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The flows to train, of which the best is kept; modes for the proposal that judges, probes to judge those by."""
+
+    flows: tuple[Start, ...]
+    modes: Gaussians | None
+    probes: Gaussians | None = None
+
+
+def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts:
+    """The chosen flow over what locating finds, or a copy of a warm start's."""
+    place = {"device": device, "dtype": torch.float64}
+    if isinstance(init, Posterior) or callable(init):
+        if choice != "auto":
+            raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
+        return _warm_start(init, target, place)
+    if choice != "auto":
+        resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
+    located = locate(target, start_points(target, _init_points(target, init), device=device))
+    flows = [_on_gaussian(choice, located, place)]
+    if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
+        flows.append(_on_mixture(choice, located, place))
+    return Starts(tuple(flows), located.modes, located.probes)
+
+
+def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:
+    best, even = located.best, located.variance < CLOSE
+    flow, name, recipe = resolve_flow(choice, best.loc.shape[1], nearly_gaussian=even)
+    whitening = Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
+    return Start(
+        flow.to(**place).then(whitening), f"{name} on {best.origin[0]}{_because(choice, located.variance)}", recipe
+    )
+
+
+def _on_mixture(choice: str, located: Located, place: dict[str, Any]) -> Start:
+    variance, optima = located.mixture_variance, len(located.optima)
+    base, whitening = whitened(located.mixture)
+    flow, name, recipe = resolve_flow(choice, base.dim, nearly_gaussian=variance < CLOSE, base=base)
+    how = f"{name} on a mixture of {len(base.weights)} Gaussians at {optima} optima{_because(choice, variance)}"
+    return Start(flow.to(**place).then(whitening.to(**place)), how, recipe)
+
+
+def _because(choice: FlowChoice, variance: float) -> str:
+    """Why "auto" chose what it did."""
+    if choice != "auto":
+        return ""
+    if variance < CLOSE:
+        return f", whose log-weights are all but constant (variance {variance:.4f}): a flow could add nothing"
+    return f", whose log-weights vary (variance {variance:.2g})"
+
+
+def _warm_start(init: Any, target: Target, place: dict[str, Any]) -> Starts:
+    """A copy of the flow of a Posterior, of a Flow, or of an AutoFlow guide."""
+    if not isinstance(init, (Posterior, Flow)) and not isinstance(getattr(init, "flow", None), Flow):
+        kind = type(init).__name__
+        raise ValueError(f"init: expected a Posterior, a Flow or an AutoFlow, got {kind}, which cannot be trained on")
+    flow = as_flow(init, target).requires_grad_().to(**place)
+    if not any(True for _ in flow.parameters()):
+        raise ValueError("init: expected a Posterior of a flow, got one of a guide or law that cannot be trained on")
+    if isinstance(init, Posterior):
+        return Starts((Start(flow, init.flow_description, init.settings.get("recipe")),), init.modes)
+    located = locate(target, start_points(target, device=place["device"]))  # for the modes alone
+    return Starts((Start(flow, f"the flow of the {type(init).__name__} given", None),), located.modes, located.probes)
+
+
+def resolve_flow(
+    choice: FlowChoice, dim: int, nearly_gaussian: bool = False, base: Base | None = None
+) -> tuple[Flow, str, str | None]:
+    """A fresh flow of the given dim, its description, and its recipe's name if it can be rebuilt from that alone.
+
+    "auto" is the spline coupling flow, one pass in both directions, so that training by path gradients and judging
+    are cheap; or the Gaussian, if the log-weights of the one located are all but constant.
+    """
+    if choice == "auto":
+        choice = "gaussian" if nearly_gaussian else "spline"
+    if isinstance(choice, str):
+        if choice not in recipes.__all__:
+            raise ValueError(f'flow: expected "auto" or one of {", ".join(recipes.__all__)}, got {choice!r}')
+        return getattr(recipes, choice)(dim, base=base), f"{choice} flow", choice
+    expected = "flow: expected a recipe's name, a callable dim -> Flow, or a Flow"
+    if not isinstance(choice, Flow) and (isinstance(choice, nn.Module) or not callable(choice)):
+        raise TypeError(f"{expected}, got {choice!r}")
+    flow = copy.deepcopy(choice) if isinstance(choice, Flow) else choice(dim)
+    if not isinstance(flow, Flow):
+        raise TypeError(f"{expected}, got a callable that returns {type(flow).__name__}")
+    if flow.dim != dim or flow.context is not None:
+        raise ValueError(f"flow: expected dim {dim} and no context, got dim {flow.dim}, context {flow.context}")
+    return flow, "the flow given", None
+
+
+def _init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
+    """Values to start near, as unconstrained points (n, dim)."""
+    if init is None:
+        return None
+    if isinstance(init, dict):
+        if not is_model(target):
+            raise ValueError("init: named values need a Pyro model; pass a tensor (dim,) of a density's points")
+        init = target.unconstrain(init)
+    points = torch.atleast_2d(torch.as_tensor(init, dtype=torch.float64))
+    if points.shape[-1] != target.dim or points.dim() != 2 or not points.isfinite().all():
+        raise ValueError(f"init: expected finite values of shape ({target.dim},), got {tuple(points.shape)}")
+    return points
