@@ -26,7 +26,7 @@ from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 CHECKED = 32  # points on which a target is checked first
-ANNEALED = (1500, 8)  # particles and replicates with which unreliable weights are mended
+ANNEALED = (1000, 8)  # particles and replicates with which unreliable weights are mended
 TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
 
 
