@@ -346,3 +346,18 @@ def test_needs_a_target_and_a_proposal_that_reaches_it(wrong, annealed, tmp_path
     with torch.no_grad(), pytest.raises(ValueError, match=r"^anneal: expected a proposal that reaches the target"):
         path = path_of(wrong.flow, vf.LogDensity(lambda x: torch.where(x[:, 0] > 1e9, 0.0 * x[:, 0], -torch.inf), 3))
         annealing.pilot(path, 100)
+
+
+def test_resampled_draws_last():
+    """Equal weights, the same evidence, and moments of the target within the error of the weights and of n draws."""
+    target = vf.LogDensity(lambda x: -0.5 * (x - 1).square().sum(-1), dim=2)
+    flow = gaussian_flow([0.0, 0.0], [[1.5, 0.0], [0.0, 1.5]])
+    posterior = vf.diagnose(flow, target, progress=False)
+    kept = posterior.resample(20_000, seed=1)
+    x = kept.proposal.x
+    assert kept.proposal.log_w.std() < 1e-9 and kept.verdict.status == "corrected"
+    assert kept.log_evidence == posterior.log_evidence == pytest.approx(math.log(2 * math.pi), abs=0.01)
+    assert (x.mean(0) - 1).abs().max() < 0.03 and (x.std(0) - 1).abs().max() < 0.03
+    assert torch.equal(kept.sample(20_000, seed=2).sort(0).values, x.sort(0).values)  # each once
+    with pytest.raises(ValueError, match="n: expected an integer of at least 100, got 3"):
+        posterior.resample(3)

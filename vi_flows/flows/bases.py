@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Size, Tensor, nn
 
+FEW = 8  # components, up to which all of them are drawn from and one is taken
+
 
 class Base(nn.Module, ABC):
     """A distribution of z on R^dim, drawn as ``transform(noise(shape))`` so that a step is pure in its noise."""
@@ -84,10 +86,16 @@ class Mixture(Base):
     ----------
     loc: (K, dim). scale: positive, broadcast to (K, dim), or lower-triangular factors (K, dim, dim).
     weights: (K,), positive; None for equal ones. df: degrees of freedom; None for normal components.
+    fixed: without parameters, to be drawn from and scored only.
     """
 
     def __init__(
-        self, loc: Tensor, scale: Tensor | float = 1.0, weights: Tensor | None = None, df: float | None = None
+        self,
+        loc: Tensor,
+        scale: Tensor | float = 1.0,
+        weights: Tensor | None = None,
+        df: float | None = None,
+        fixed: bool = False,
     ):
         if loc.dim() != 2:
             raise ValueError(f"loc: expected shape (components, dim), got {tuple(loc.shape)}; add a leading axis")
@@ -106,11 +114,16 @@ class Mixture(Base):
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale_tril", scale.expand(*loc.shape, self.dim).clone())
         self.register_buffer("weights", weights / weights.sum())
+        self.fixed = fixed
+        if fixed:
+            return
         self.shift, self.log_scale = nn.Parameter(torch.zeros_like(loc)), nn.Parameter(torch.zeros_like(loc))
         self.lower = nn.Parameter(torch.zeros_like(self.scale_tril)) if self.dim > 1 else None
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Locations (K, dim) and lower-triangular factors (K, dim, dim)."""
+        if self.fixed:
+            return self.loc, self.scale_tril
         own = torch.diag_embed(self.log_scale.exp())
         own = own if self.lower is None else own + self.lower.tril(-1)
         return self.loc + (self.scale_tril @ self.shift.unsqueeze(-1)).squeeze(-1), self.scale_tril @ own
@@ -129,7 +142,10 @@ class Mixture(Base):
     def transform(self, noise: Tensor) -> Tensor:
         epsilon, index = noise[..., : self.dim], noise[..., self.dim].long()
         loc, tril = self.components()
-        return loc[index] + (tril[index] @ epsilon.unsqueeze(-1)).squeeze(-1)
+        if len(loc) > FEW:
+            return loc[index] + (tril[index] @ epsilon.unsqueeze(-1)).squeeze(-1)
+        every = torch.einsum("kij,...j->...ki", tril, epsilon) + loc  # a factor for each draw would be dim² numbers
+        return every.gather(-2, index[..., None, None].expand(*index.shape, 1, self.dim)).squeeze(-2)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self.log_each(z).logsumexp(-1)
@@ -137,10 +153,9 @@ class Mixture(Base):
     def log_each(self, z: Tensor) -> Tensor:
         """log(w_k times the density of component k) of z (\\*batch, dim) -> (\\*batch, K)."""
         loc, tril = self.components()
-        eye = torch.eye(self.dim, dtype=z.dtype, device=z.device)
-        inverse = torch.linalg.solve_triangular(tril, eye.expand_as(tril), upper=False)
-        standard = torch.einsum("kij,...kj->...ki", inverse, z.unsqueeze(-2) - loc)
-        square = standard.square().sum(-1)
+        offset = (z.unsqueeze(-2) - loc).reshape(-1, *loc.shape).movedim(0, -1)
+        standard = torch.linalg.solve_triangular(tril, offset, upper=False)
+        square = standard.square().sum(-2).mT.reshape(*z.shape[:-1], len(loc))
         each = _log_normal(square, self.dim) if self.df is None else _log_t(square, self.dim, self.df)
         return each - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.weights.log()
 

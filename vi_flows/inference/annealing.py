@@ -134,14 +134,14 @@ class Rung:
         return torch.where(accepted[:, None], z, start), float(change.clamp_max(0.0).exp().mean())
 
 
-def pilot(path: Path, count: int) -> list[Rung]:
-    """Temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels."""
+def pilot(path: Path, count: int, most: int = MOST_RUNGS) -> list[Rung]:
+    """At most so many temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels."""
     particles, _ = path.draw(FIRST * count)
     rungs, b, step = [], 0.0, 0.8 * path.base.dim**-0.25
     tril = torch.eye(path.base.dim, dtype=particles.x.dtype, device=particles.x.device)
     while b < 1:
         log_ratio = particles.log_p - particles.log_m
-        if len(rungs) == MOST_RUNGS or not bool((log_ratio > -math.inf).any()):
+        if len(rungs) == most or not bool((log_ratio > -math.inf).any()):
             raise ValueError(
                 "anneal: expected a proposal that reaches the target, got one without weight there; "
                 "fit another flow=, or start near the mass with init="

@@ -24,6 +24,7 @@ from ..targets.target import Target
 from .gaussian import Gaussians
 from .judge import Check, Verdict
 from .posterior import Posterior
+from .rehearse import Rehearsal
 from .weights import Weights
 
 FORMAT = 1
@@ -95,6 +96,7 @@ def load(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         notes=tuple(header["notes"]),
         trace=tensors["trace"].tolist(),
         settings=header["settings"],
+        rehearsal=Rehearsal.from_dict(header["rehearsal"]) if header.get("rehearsal") else None,
         timing=header["timing"],
         stored=part["stored"],
     )
@@ -130,6 +132,7 @@ def _header(posterior: Posterior) -> dict[str, Any]:
         "flow_description": posterior.flow_description,
         "notes": posterior.notes,
         "settings": posterior.settings,
+        "rehearsal": posterior.rehearsal and posterior.rehearsal.to_dict(),
         "timing": posterior.timing,
     }
 

@@ -1,4 +1,4 @@
-"""Annealed corrections: draws and an unbiased evidence where importance weights alone are not enough."""
+"""Corrections of a fit: draws resampled by its weights; annealed ones, where weights alone are not enough."""
 
 from __future__ import annotations
 
@@ -11,20 +11,43 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
-from .annealing import KEPT, Path, Run, Rung, pilot, run
+from .annealing import KEPT, MOST_RUNGS, Path, Run, Rung, pilot, run
 from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .fit import threads as torch_threads
 from .judge import CAVEATS, Verdict
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
-from .psis import khat, khat_upper
+from .psis import khat, khat_upper, resampling_weights
 from .quantities import Estimates, carrying, estimate, flatten, vary
+from .quantities import resample as by_weight
 from .weights import Weights, effective_sample_size, log_mean, log_mean_se
 
 EVIDENCE_SE = 0.05
 AGREEMENT = 3.0  # standard errors
 UNEVEN = 0.9  # of a step's particles, lost to uneven weights
+
+
+def resample(posterior: Posterior, n: int, seed: int | None) -> Posterior:
+    """n equally weighted draws in place of the proposal's; see :meth:`Posterior.resample`."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 100:
+        raise ValueError(f"n: expected an integer of at least 100, got {n!r}")
+    draws = posterior.proposal
+    with seeded(seed):
+        index = by_weight(resampling_weights(draws.log_w), n)
+    log_p = draws.log_p[index]
+    verdict = posterior.verdict
+    if verdict.status == "reliable":
+        verdict = dataclasses.replace(verdict, status="corrected")
+    note = f"resample: {n} equally weighted draws, of which {len(index.unique())} differ."
+    return dataclasses.replace(
+        posterior,
+        verdict=verdict.because("the weighted draws are resampled from the proposal by their importance weights"),
+        proposal=Weights(draws.x[index], log_p - posterior.log_evidence, log_p),
+        notes=(*posterior.notes, note),
+        settings={**posterior.settings, "resample": {"n": n, "seed": seed}},
+        stored=None,
+    )
 
 
 def anneal(
@@ -34,6 +57,7 @@ def anneal(
     seed: int | None,
     progress: bool,
     threads: int | None,
+    rungs: int = MOST_RUNGS,
 ) -> Posterior:
     """Sequential Monte Carlo from the defensive proposal m to p, along m^(1−b) p^b; see :meth:`Posterior.anneal`.
 
@@ -51,14 +75,14 @@ def anneal(
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
         path = Path(DefensiveProposal(flow, posterior.modes), posterior.target)
         bar.stage("pilot")
-        rungs = pilot(path, particles)
+        schedule = pilot(path, particles, rungs)
         bar.stage("annealing", replicates)
         runs = []
         for _ in range(replicates):
-            runs.append(run(path, rungs, particles))
-            bar.bar.advance(bar.task)
-        result = _result(posterior, rungs, runs)
-    how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(rungs, runs)}
+            runs.append(run(path, schedule, particles))
+            bar.advance()
+        result = _result(posterior, schedule, runs)
+    how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(schedule, runs)}
     result.settings["anneal"], result.timing["annealing"] = how, time.monotonic() - began
     return result
 

@@ -62,4 +62,4 @@ def diagnose(
         start = Start(flow, name, recipe=None)
         found = Starts((start,), located.modes, located.probes)
         settings = {"seed": seed, "recipe": None, "model": is_model(target), **options.recorded()}
-        return judged(Candidate(flow, start, math.nan, ()), target, found, options, settings, clock)
+        return judged(Candidate(flow, start, math.nan, math.nan, ()), target, found, options, settings, clock)

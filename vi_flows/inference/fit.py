@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets import Target, check_target, resolve_target, settle_dtype
@@ -25,8 +26,9 @@ from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
+GOOD = 0.04  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKED = 32  # points on which a target is checked first
-ANNEALED = (1000, 8)  # particles and replicates with which unreliable weights are mended
+ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, to mend unreliable weights with
 TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
 
 
@@ -46,9 +48,10 @@ class Options:
     capture: bool | str = "auto"
     compile: bool = False
     correct: bool = True
+    rehearse: int = 0
 
     def __post_init__(self):
-        for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1)):
+        for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1), ("rehearse", 0)):
             value = getattr(self, name)
             if name == "threads" and value is None:
                 continue
@@ -107,11 +110,14 @@ def fit(
         so (not counted in ``max_seconds``). Where that fails a warning and a note say why, and training goes on.
     correct: where importance weights are unreliable although all modes are seen, anneal (:meth:`Posterior.anneal`), and
         return that if it can be claimed. False leaves the verdict at what the weights say.
+    rehearse: so many data sets are drawn from the fit and refitted (:meth:`Posterior.rehearse`), at some seconds each.
 
     Raises
     ------
     TypeError for unknown options; ValueError, in one line, for a target that cannot be fitted; DivergedError.
     """
+    from .rehearse import check_rehearsal  # which calls this function
+
     known = [f.name for f in dataclasses.fields(Options)]
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -119,8 +125,14 @@ def fit(
     chosen = Options(**options)
     with seeded(seed), threads(chosen.threads), Progress(progress) as bar:
         target = prepare(resolve_target(target_or_model, *args), chosen)
+        if chosen.rehearse:
+            check_rehearsal(target, chosen.rehearse)
         named = {"flow": flow} if isinstance(flow, str) else {}
-        return _fit(target, flow, chosen, {"seed": seed, **named}, bar)
+        posterior = _fit(target, flow, chosen, {"seed": seed, **named}, bar)
+        if chosen.rehearse:
+            bar.stage("rehearsing", chosen.rehearse)
+            posterior.rehearse(chosen.rehearse, seed, report=lambda row: bar.advance())
+    return posterior
 
 
 @contextlib.contextmanager
@@ -159,6 +171,7 @@ class Candidate:
     flow: Flow
     start: Start
     elbo: float
+    variance: float
     notes: tuple[str, ...]
     trace: Sequence[float] = ()
 
@@ -181,34 +194,37 @@ def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
     from .correct import anneal  # it corrects what this module makes
 
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or CONDITION in failed:
+    if posterior.verdict.status != "unreliable" or CONDITION in failed or improper(posterior.target):
         return posterior
     bar.stage("annealing")
     try:
-        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None)
+        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, rungs=RUNGS)
     except ValueError as error:
         return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}"))
     if annealed.verdict.status == "unreliable":
         reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
         return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
+    annealed.settings["anneal"] |= {"seed": "the fit's"}
     return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
 
 
 def _best(target: Target, found: Starts, options: Options, clock: Clock, bar: Progress) -> Candidate:
-    """Of the starts, each trained, the one with the best ELBO."""
-    candidates = []
+    """Of the starts, trained in turn until one's log-weights are nearly constant, the one with the best ELBO."""
+    candidates, failed = [], None
     for k, start in enumerate(found.flows):
         bar.stage("training", options.steps)
-        left = len(found.flows) - k
         try:
-            trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE, left), bar)
-        except DivergedError:
-            if not candidates and left == 1:
-                raise
+            trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE, len(found.flows) - k), bar)
+        except DivergedError as error:
+            failed = error
             continue
         candidates.append(_never_worse(start, trained, target))
+        if candidates[-1].variance < GOOD:
+            break
+    if not candidates:
+        raise failed
     best = max(candidates, key=lambda candidate: candidate.elbo)
-    others = [f"{c.start.description}: ELBO {c.elbo:.3f} against {best.elbo:.3f}." for c in candidates if c is not best]
+    others = [f"{c.start.description}: ELBO {c.elbo:.3f}, not {best.elbo:.3f}." for c in candidates if c is not best]
     return dataclasses.replace(best, notes=(*best.notes, *others))
 
 
@@ -263,16 +279,21 @@ def _never_worse(start: Start, trained: Training, target: Target) -> Candidate:
         notes.append(f"training: {trained.lost} draws had log p = −inf and were left out.")
     if trained.note:
         notes.append(f"{trained.note}.")
-    with torch.no_grad():
-        noise = start.flow.base.noise((COMPARED,))
-        before, after = (
-            mean_elbo(in_blocks(lambda rows, q=q: log_weights(q, target, rows).log_w, noise).nan_to_num(nan=-math.inf))
-            for q in (start.flow, trained.flow)
-        )
+    noise = start.flow.base.noise((COMPARED,))
+    (before, spread_before), (after, spread) = (
+        _elbo_and_variance(in_blocks(lambda rows, q=q: log_weights(q, target, rows).log_w, noise))
+        for q in (start.flow, trained.flow)
+    )
     if before > after:
         notes.append(f"training did not help (ELBO {after:.3f} after, {before:.3f} before): the start was kept.")
-        return Candidate(copy.deepcopy(start.flow), start, before, tuple(notes), trained.elbo)
-    return Candidate(trained.flow, start, after, tuple(notes), trained.elbo)
+        return Candidate(copy.deepcopy(start.flow), start, before, spread_before, tuple(notes), trained.elbo)
+    return Candidate(trained.flow, start, after, spread, tuple(notes), trained.elbo)
+
+
+def _elbo_and_variance(log_w: Tensor) -> tuple[float, float]:
+    log_w = log_w.nan_to_num(nan=-math.inf)
+    finite = log_w[log_w > -math.inf]
+    return mean_elbo(log_w), float(finite.var()) if len(finite) > 1 else math.inf
 
 
 def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..flows.bases import Mixture
 from ..targets.target import Target
 from .gaussian import SAME_MODE, Gaussians, distinct, from_covariance, from_precision, gaussian_vi, join
+from .lowrank_locating import locate_large
 from .mixture import adapt_mixture, log_weights_of
 from .optimise import Iterates, bfgs_paths, newton, value_and_grad
 from .weights import in_blocks, mean_elbo
@@ -19,6 +20,7 @@ STARTS = 64
 PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
 MANY_DIMS = 100  # up to which further starts are made
+DENSE_DIMS = 300  # up to which paths keep dense inverse Hessians
 WAVES = 5  # of starts around the optima found, as long as they find new ones
 AROUND = 1.5  # times the spread of the optima, of candidates around them
 CANDIDATES = 2048
@@ -53,8 +55,11 @@ def locate(target: Target, starts: Tensor) -> Located:
 
     Multi-path Pathfinder (Zhang et al. 2022) with dense BFGS; exact-Hessian Laplace at the distinct ends; natural-
     gradient Gaussian VI from the best three. The standard normal is always a candidate. Further waves of starts follow
-    until one finds no optimum that matters; where several do, a mixture of Gaussians adapts to them.
+    until one finds no optimum that matters; where several do, a mixture of Gaussians adapts to them. Above
+    ``DENSE_DIMS`` dimensions :func:`locate_large` takes over.
     """
+    if starts.shape[1] > DENSE_DIMS:
+        return _located_large(target, starts)
     ends, record = bfgs_paths(target, starts)
     paths = pathfinder(target, record)
     reached, optima = laplace(target, ends)
@@ -83,6 +88,25 @@ def locate(target: Target, starts: Tensor) -> Located:
         probes=probes,
         mixture=mixture,
         mixture_variance=mixture_variance,
+    )
+
+
+def _located_large(target: Target, starts: Tensor) -> Located:
+    """What :func:`locate_large` finds, without further starts and mixtures."""
+    found, optima = locate_large(target, starts)
+    log_w = found.log_weights(target, torch.randn(2000, starts.shape[1], dtype=starts.dtype, device=starts.device))
+    elbos = [mean_elbo(column) for column in log_w.unbind(1)]
+    winner = elbos.index(max(elbos))
+    best_w, best = log_w[:, winner], found.pick([winner])
+    return Located(
+        best=best,
+        elbo=elbos[winner],
+        variance=float(best_w[best_w > -torch.inf].var()),
+        modes=joined(best, optima),
+        optima=optima,
+        probes=optima.pick([]),
+        mixture=None,
+        mixture_variance=math.nan,
     )
 
 
@@ -152,7 +176,7 @@ def _mixture(target: Target, optima: Gaussians, elbo: float) -> tuple[Mixture | 
 
 def modes_kept(dim: int) -> int:
     """How many modes are kept apart: each costs a Hessian, and a component of the defensive proposal."""
-    return 64 if dim <= FEW_DIMS else 8
+    return 64 if dim <= FEW_DIMS else 8 if dim <= DENSE_DIMS else 2
 
 
 def _refine(target: Target, start: Gaussians) -> Gaussians:

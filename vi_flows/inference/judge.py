@@ -20,6 +20,7 @@ from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_me
 
 REPEATS = 5
 FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
+MOST_NUMBERS = 100_000_000  # that these draws, beyond the first, may take: 0.8 GB
 CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
@@ -125,7 +126,7 @@ def _weighed(
         pooled, own, skipped = _draw(proposal, target, FIRST)
     while True:
         checks = of_weights(target, pooled, own, attempt)
-        if len(pooled.x) >= LAST or _claimed(checks):
+        if 2 * len(pooled.x) > min(LAST, MOST_NUMBERS // target.dim) or _claimed(checks):
             return proposal, pooled, own, skipped, checks
         more, more_own, n = _draw(proposal, target, len(pooled.x))
         pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n

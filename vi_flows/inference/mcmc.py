@@ -111,7 +111,7 @@ def _hamiltonian(posterior: Posterior, method: str, count: int, draws: int, warm
     starts = _starts(posterior, path, count)
     potential = neutra.Potential(functools.partial(path.log_prob, b=1), starts)
     bar.stage("chains", count * (warmup + draws))
-    chains = neutra.chains(method, potential, starts, draws, warmup, lambda: bar.bar.advance(bar.task))
+    chains = neutra.chains(method, potential, starts, draws, warmup, bar.advance)
     z = torch.cat([chain.z for chain in chains])
     found, energy = path.at(z), -in_blocks(potential.log_prob, z).reshape(count, draws)
     told = {name: [getattr(chain, name) for chain in chains] for name in ("divergences", "acceptance", "step")}
@@ -148,7 +148,7 @@ def _independent(posterior: Posterior, method: str, chains: int) -> Chains:
     warmup, bound = int(times[first]), float(bounds[first])
     kept = order.gather(1, at[:, warmup:])
     words = f"{method}, {chains} chains of {steps - warmup} draws after {warmup} of warm-up, on the proposal's draws"
-    how = {"draws": steps - warmup, "warmup": warmup, "lag": lag, "total_variation": bound}
+    how = {"steps": steps, "begun": warmup, "lag": lag, "total_variation": bound}
     checks = (_distance(bound, warmup, steps), tails(draws.log_w))
     return Chains(draws.x[kept], draws.log_p[kept], words, how, checks)
 

@@ -124,7 +124,7 @@ def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> t
     """One iteration for all rows; also whether each row goes on."""
     direction = (at.inverse_hessian @ at.grad.unsqueeze(-1)).squeeze(-1)
     slope = (at.grad * direction).sum(-1)
-    x, value, grad, found = _line_search(target, at, direction, slope)
+    x, value, grad, found = line_search(target, at, direction, slope)
     s, y = x - at.x, at.grad - grad
     sy, yy = (s * y).sum(-1), (y * y).sum(-1)
     curved = found & (sy > CURVATURE * torch.linalg.vector_norm(s, dim=-1) * yy.sqrt())
@@ -139,7 +139,7 @@ def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> t
     return Iterates(x, value, grad, (h + h.mT) / 2, at.path), going
 
 
-def _line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, tries: int = 12):
+def line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, tries: int = 12):
     """Weak-Wolfe bracketing for all rows (Lewis & Overton 2013): t halves between bounds, or doubles without one."""
     t, lo, hi = torch.ones_like(slope), torch.zeros_like(slope), torch.full_like(slope, torch.inf)
     x, value, grad = at.x.clone(), at.value.clone(), at.grad.clone()

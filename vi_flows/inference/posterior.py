@@ -174,7 +174,7 @@ class Posterior(Judgement):
             f"{self.evidence_name} {self.evidence_text}, ELBO {fixed(self.elbo)}",
         ]
         lines += [f"flow: {self.flow_description}"] if self.flow_description else []
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.notes, *(self.rehearsal.sentences if self.rehearsal else ())])
 
     @property
     def evidence_name(self) -> str:
@@ -192,6 +192,17 @@ class Posterior(Judgement):
             f"ESS {self.ess:.0f}/{len(self.draws)}, "
             f"{self.evidence_name} {self.evidence_text})"
         )
+
+    def resample(self, n: int = 10_000, seed: int | None = 0) -> Posterior:
+        """The simplest correction, made lasting: n equally weighted draws, resampled from the defensive proposal by its
+        importance weights, Pareto-smoothed below k̂ = 1 (Vehtari et al. 2024), as :meth:`sample` does at each call.
+
+        Returns a Posterior of the same flow and evidence, whose ``proposal`` holds these draws; "corrected" where this
+        one could be claimed, else "unreliable". Raises ValueError for n < 100.
+        """
+        from .correct import resample
+
+        return resample(self, n, seed)
 
     def anneal(
         self,

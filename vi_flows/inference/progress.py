@@ -8,7 +8,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A context manager: ``stage(name, total)`` begins a stage, ``step(done, total, elbo)`` moves its bar."""
+    """A context manager: ``stage(name, total)`` begins a stage, ``step(done, total, elbo)`` and ``advance()`` move it."""
 
     def __init__(self, show: bool):
         self.bar = RichProgress(
@@ -36,6 +36,10 @@ class Progress:
 
     def step(self, done: int, total: int, elbo: float) -> None:
         self.bar.update(self.task, completed=done, total=total, note=f"ELBO {elbo:.2f}  step {done}/{total}")
+
+    def advance(self) -> None:
+        """One more of the stage's total is done."""
+        self.bar.advance(self.task)
 
     def _finish(self) -> None:
         if self.task is not None:

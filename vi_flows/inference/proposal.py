@@ -38,7 +38,7 @@ class DefensiveProposal:
         self.heavy = flow.base.heavy(TAIL_DF)
         self.modes = modes if modes is not None and len(modes) else self._moments()
         tril = MODE_SCALE**0.5 * self.modes.scale_tril
-        self.components = Mixture(self.modes.loc, tril, weights, MODE_DF).requires_grad_(False)
+        self.components = Mixture(self.modes.loc, tril, weights, MODE_DF, fixed=True)
         self.components.to(dtype=flow.dtype, device=flow.device)
 
     def _moments(self) -> Gaussians:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PROBABILITIES = (0.05, 0.5, 0.95)
+COLUMNS = 100  # whose orders are held in memory at once
 
 
 def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
@@ -40,8 +41,13 @@ def estimate(theta: Tensor, log_w: Tensor) -> Estimates:
     """Weighted mean, sd and 5/50/95 % points of theta (S, Q) under exp(log_w) (S,).
 
     Standard errors by the delta method for self-normalised importance sampling: se² = Σ w̄² (h − E h)²; that of the
-    sd is on the log scale, that of a quantile is of the probability below it.
+    sd is on the log scale, that of a quantile is of the probability below it. COLUMNS quantities at a time.
     """
+    parts = [_estimate(columns, log_w) for columns in theta.split(COLUMNS, -1)]
+    return Estimates(*(torch.cat([getattr(p, name) for p in parts], -1) for name in Estimates.__dataclass_fields__))
+
+
+def _estimate(theta: Tensor, log_w: Tensor) -> Estimates:
     alive = carrying(log_w)  # draws of no weight may lie where a transform has overflowed
     w, theta = (log_w - log_w.logsumexp(0)).exp()[alive], theta[alive]
     mean = w @ theta

@@ -38,7 +38,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Starts:
-    """The flows to train, of which the best is kept; modes for the proposal that judges, probes to judge those by."""
+    """The flows to train in turn, of which the best is kept; modes for the proposal that judges, probes to judge those by."""
 
     flows: tuple[Start, ...]
     modes: Gaussians | None
@@ -57,7 +57,7 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
     located = locate(target, start_points(target, _init_points(target, init), device=device))
     flows = [_on_gaussian(choice, located, place)]
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
-        flows.append(_on_mixture(choice, located, place))
+        flows.insert(0, _on_mixture(choice, located, place))
     return Starts(tuple(flows), located.modes, located.probes)
 
 

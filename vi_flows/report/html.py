@@ -34,6 +34,11 @@ SUFFIXES = (".html", ".htm")
 ROWS = 500  # of a table
 MARGINALS = 24
 MODES = 8  # beside one another
+CORRECTIONS = {  # methods of a posterior, and their arguments that are recorded
+    "anneal": ("particles", "replicates", "seed"),
+    "mcmc": ("method", "chains", "draws", "warmup", "seed"),
+    "resample": ("n", "seed"),
+}
 WIDE, SMALL = (5.6, 4.0), (2.0, 1.5)  # inches: what still can be read on a phone
 DPI = 144  # one and a half points for each of a screen
 
@@ -70,6 +75,7 @@ def page(posterior: Posterior) -> str:
         section("Pairs", _pairs(chosen)) if len(chosen.names) > 1 else "",
         section("Density", _density(posterior)) if not panels.no_density(posterior) else "",
         section("Modes", _modes(posterior)),
+        section("Rehearsal", bullets(posterior.rehearsal.sentences)) if posterior.rehearsal else "",
         section("Data", _data(posterior)),
         section("How it was made", *_making(posterior)),
     ]
@@ -218,9 +224,11 @@ def code(posterior: Posterior) -> str:
     imports = ["import torch"] * ("dtype" in given) + ["import vi_flows as vf", ""]
     call = f"posterior = vf.{'fit' if fitted else 'diagnose'}({', '.join([*arguments, *options])})"
     lines = [*imports, *(f"# {comment}" for comment in comments), call]
-    if how := settings.get("anneal"):
-        arguments = (f"{name}={how[name]!r}" for name in ("particles", "replicates", "seed"))
-        lines.append(f"posterior = posterior.anneal({', '.join(arguments)})")
+    for method, names in CORRECTIONS.items():
+        how = settings.get(method)
+        if how and how["seed"] != "the fit's":
+            arguments = (f"{name}={how[name]!r}" for name in names if name in how)
+            lines.append(f"posterior = posterior.{method}({', '.join(arguments)})")
     return "\n".join(lines)
 
 

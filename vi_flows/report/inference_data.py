@@ -25,7 +25,11 @@ MEANINGS = {
     False: "draws of the flow q as they are; their importance weights are in sample_stats",
 }
 
-ANNEALED = "equally weighted: annealed draws, resampled by the weights of their runs"
+CORRECTED = {
+    "anneal": "equally weighted: annealed draws, resampled by the weights of their runs",
+    "mcmc": "equally weighted: states of Markov chains",
+    "resample": "equally weighted: resampled from the defensive proposal by importance weights",
+}
 
 
 def to_arviz(
@@ -118,6 +122,7 @@ def _attrs(posterior: Posterior, weighted: bool, seed: int | None) -> dict[str, 
     from .. import __version__
 
     numbers = ("khat", "ess", "elbo", "log_evidence", "log_evidence_se")
+    corrected = [words for name, words in CORRECTED.items() if name in posterior.settings]
     attrs = {
         "verdict": posterior.verdict.status,
         "reasons": list(posterior.verdict.reasons),
@@ -127,7 +132,7 @@ def _attrs(posterior: Posterior, weighted: bool, seed: int | None) -> dict[str, 
         "evidence": posterior.evidence_name,
         "flow": posterior.flow_description,
         "notes": "\n".join(posterior.notes),
-        "draws": ANNEALED if weighted and "anneal" in posterior.settings else MEANINGS[weighted],
+        "draws": corrected[-1] if weighted and corrected else MEANINGS[weighted],
         "inference_library": "vi_flows",
         "inference_library_version": __version__,
         "torch_version": str(torch.__version__),
