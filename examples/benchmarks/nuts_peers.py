@@ -1,7 +1,7 @@
 """The chains that nuts.py times, Pyro's and NumPyro's, behind one interface: made (which compiles), then run by pieces.
 
 Both are single chains of NUTS at the packages' own settings, in float64, from their own starting points. A Pyro model
-of a suite is run as it is; NumPyro needs its models again, which MODELS has for a few, without the suite's name.
+of a suite is run as it is; NumPyro needs its models again, which :func:`numpyro_models` has for a few.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class NumPyroChain:
 
 
 def numpyro_models() -> dict[str, Callable]:
-    """The models that are written for NumPyro, by the name of the suite's; float64 from here on.
+    """The models that are written for NumPyro, by the short names of the suite's; float64 from here on.
 
     Raises ImportError where NumPyro is not installed.
     """

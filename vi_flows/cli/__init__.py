@@ -41,6 +41,9 @@ MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to
 NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch; more than 1 pays for large data only.")]
+Rehearse = Annotated[
+    int, typer.Option("--rehearse", metavar="K", help="Draw K data sets from the fit and refit them, to see it err.")
+]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the training step: a minute that pays in long trainings.")
 ]
@@ -119,13 +122,14 @@ def fit(
     num_draws: NumDraws = 10_000,
     draws: Draws = None,
     threads: Threads = 1,
+    rehearse: Rehearse = 0,
     compile_: Compile = False,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model."""
     options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
-    options["compile"] = compile_
+    options |= {"compile": compile_, "rehearse": rehearse}
     with loaded(model) as function:
         _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
 

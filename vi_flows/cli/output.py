@@ -44,10 +44,11 @@ def show(posterior: vf.Posterior, summary: DataFrame, console: Console) -> None:
         console.print(_item(reason))
     console.print()
     console.print(_numbers(posterior))
-    if posterior.notes:
+    said = [*posterior.notes, *(posterior.rehearsal.sentences if posterior.rehearsal else ())]
+    if said:
         console.print("\nNotes")
-    for note in posterior.notes:
-        console.print(_item(note))
+    for sentence in said:
+        console.print(_item(sentence))
 
 
 def _table(summary: DataFrame) -> Table:
@@ -101,6 +102,7 @@ def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> d
         "summary": {str(name): dict(row) for name, row in summary.iterrows()},
         "flow": posterior.flow_description,
         "notes": posterior.notes,
+        "rehearsal": posterior.rehearsal and posterior.rehearsal.to_dict(),
         "timing": posterior.timing,
         "settings": posterior.settings,
         "files": [str(path) for path in files],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target, check_finite
-from .gaussian import from_covariance
+from .gaussian import spread_of
 from .optimise import value_and_grad
 from .proposal import DefensiveProposal
 from .quantities import carrying, resample
@@ -149,7 +149,7 @@ def pilot(path: Path, count: int, most: int = MOST_RUNGS) -> list[Rung]:
         last, b = b, next_temperature(b, log_ratio)
         particles = particles[resample_along((b - last) * log_ratio, particles.x, count)]
         z = particles.z[particles.z.isfinite().all(-1)]
-        found, _ = from_covariance(z.mean(0)[None], torch.atleast_2d(torch.cov(z.mT))[None], "particles")
+        found = spread_of(z)
         tril = found.scale_tril[0] if len(found) else tril
         rung = Rung(b, tril, step, functools.partial(path.log_prob, b=b))
         for k in range(TUNING):

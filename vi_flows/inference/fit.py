@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets import Target, check_target, resolve_target, settle_dtype
-from .initialise import joined
+from .initialise import DENSE_DIMS, joined
 from .judge import CONDITION, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
@@ -196,6 +196,9 @@ def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
     if posterior.verdict.status != "unreliable" or CONDITION in failed or improper(posterior.target):
         return posterior
+    if posterior.flow.dim > DENSE_DIMS:
+        note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, note))
     bar.stage("annealing")
     try:
         annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, rungs=RUNGS)
@@ -214,7 +217,8 @@ def _best(target: Target, found: Starts, options: Options, clock: Clock, bar: Pr
     for k, start in enumerate(found.flows):
         bar.stage("training", options.steps)
         try:
-            trained = _train(start.flow, target, options, clock.left(TRAINING_SHARE, len(found.flows) - k), bar)
+            asked = options if start.steps is None else dataclasses.replace(options, steps=start.steps)
+            trained = _train(start.flow, target, asked, clock.left(TRAINING_SHARE, len(found.flows) - k), bar)
         except DivergedError as error:
             failed = error
             continue

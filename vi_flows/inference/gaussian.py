@@ -13,6 +13,7 @@ from .optimise import value_and_grad
 from .weights import in_blocks, mean_elbo
 
 SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
+PER_DIM = 4  # draws for each dimension, from where their correlations are used
 EXTREME = 1e100  # a Gaussian that reaches further is where an unbounded density ran away to
 
 
@@ -69,6 +70,13 @@ def from_covariance(loc: Tensor, covariance: Tensor, origin: str) -> tuple[Gauss
     tril, good = _factor(covariance)
     index = (good & usable(loc, tril)).nonzero()[:, 0]
     return Gaussians(loc[index], tril[index], (origin,) * len(index)), index
+
+
+def spread_of(z: Tensor) -> Gaussians:
+    """The Gaussian with the moments of draws z (N, dim), or none; without correlations where draws are too few."""
+    few = len(z) < PER_DIM * z.shape[1]
+    covariance = torch.diag(z.var(0)) if few else torch.atleast_2d(torch.cov(z.mT))
+    return from_covariance(z.mean(0)[None], covariance[None], "draws")[0]
 
 
 def from_precision(loc: Tensor, precision: Tensor, origin: str) -> tuple[Gaussians, Tensor]:

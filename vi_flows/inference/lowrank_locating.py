@@ -63,8 +63,8 @@ class LowRank:
 
 @dataclass
 class Paths:
-    """N points x (N, dim) with log p (N,) and its gradient, the diagonals of L-BFGS (N, dim), and its pairs (N, m, dim),
-    the latest last, with 1/s·y (N, m), 0 for pairs that do not count."""
+    """N points x (N, dim) with log p (N,) and its gradient, the diagonals of L-BFGS (N, dim), and its pairs s, y
+    (N, m, dim), the latest last, with 1/s·y (N, m), 0 for pairs that do not count."""
 
     x: Tensor
     value: Tensor
@@ -312,7 +312,7 @@ def _round(target: Target, loc: Tensor, tril: Tensor, rate: float, pairs: int) -
 
 
 def _mean_shift(target: Target, loc: Tensor, tril: Tensor, rate: float) -> Tensor:
-    """ρ E[Lᵀ∇log p + ε] over antithetic draws, at most FARTHEST in each coordinate; residuals are clipped as in gaussian_vi."""
+    """ρ E[Lᵀ∇log p + ε] over antithetic draws, at most FARTHEST in each coordinate; clipped as in gaussian_vi."""
     epsilon = torch.randn(DRAWS // 2, len(loc)).to(loc)
     epsilon = torch.cat([epsilon, -epsilon])
     value, grad = value_and_grad(target, loc + epsilon @ tril.mT)

@@ -235,7 +235,7 @@ class Posterior(Judgement):
 
     def mcmc(
         self,
-        method: str = "nuts",
+        method: str = "hmc",
         chains: int = 8,
         draws: int | None = None,
         warmup: int | None = None,
@@ -245,7 +245,7 @@ class Posterior(Judgement):
     ) -> Posterior:
         """A correction by Markov chains: a posterior whose weighted draws are their states, equally weighted.
 
-        method: "nuts" or "hmc", chains by Pyro's kernels in the flow's latent space, where the flow has straightened p
+        method: "hmc" or "nuts", chains by Pyro's kernels in the flow's latent space, where the flow has straightened p
         (NeuTra: Hoffman et al. 2019), from draws of this posterior; "imh" or "isir", independence Metropolis or
         iterated sampling importance resampling (Andrieu, Lee & Vihola 2018), whose proposals are the weighted draws at
         hand, begun where their total variation distance is bounded by .01 (Biswas, Jacob & Vanetti 2019).

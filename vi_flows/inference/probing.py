@@ -13,7 +13,7 @@ from ..flows.bases import Mixture
 from ..targets.target import Target
 from .annealing import ACCEPTANCE, LENGTH, Path, Rung
 from .checks import Check
-from .gaussian import Gaussians, from_covariance
+from .gaussian import Gaussians, spread_of
 from .proposal import MODE_DF, DefensiveProposal
 from .propriety import coordinate_names, far_shares
 from .psis import resampling_weights
@@ -46,7 +46,7 @@ def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) ->
     z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], x)
     free = z.isfinite().all(-1)
     x, z = x[free], z[free]
-    found, _ = from_covariance(z.mean(0)[None], torch.atleast_2d(torch.cov(z.mT))[None], "draws")
+    found = spread_of(z)
     if not len(found):
         return Check("local moves", math.inf, 1.0, False, "draws have no covariance in the flow's latent space")
     rung = Rung(1.0, found.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))

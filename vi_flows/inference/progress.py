@@ -8,7 +8,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A context manager: ``stage(name, total)`` begins a stage, ``step(done, total, elbo)`` and ``advance()`` move it."""
+    """A context manager: ``stage(name, total)`` begins one, ``step(done, total, elbo)`` or ``advance()`` moves it."""
 
     def __init__(self, show: bool):
         self.bar = RichProgress(
