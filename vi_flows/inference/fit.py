@@ -26,7 +26,7 @@ from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
-GOOD = 0.04  # variance of log-weights, twice the KL, below which no other start is tried
+GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKED = 32  # points on which a target is checked first
 ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, to mend unreliable weights with
 TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
