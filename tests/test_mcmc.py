@@ -116,7 +116,7 @@ def test_model_with_names():
     assert float(draws["mu"].std()) == pytest.approx(math.sqrt(variance), rel=0.15)
     assert float(draws["sigma"].log().std()) == pytest.approx(0.3, rel=0.15)
     assert torch.equal(draws["twice"], 2 * draws["mu"])
-    assert any(note.startswith("mcmc: nuts, 4 chains of 250 draws after 100") for note in result.notes)
+    assert any(note.startswith("mcmc: hmc, 4 chains of 250 draws after 100") for note in result.notes)
 
 
 def test_chains_that_cannot_move_between_modes():
