@@ -20,7 +20,7 @@ from .psis import resampling_weights
 from .quantities import flatten, resample, vary
 from .weights import Weights, in_blocks, log_mean
 
-MOVED, TRANSITIONS, FIRST_STEP = 2000, 6, 0.6  # draws; how often each is moved; of a leapfrog step
+MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
 MOVE = 0.1  # in sd, by which moves may shift a quantity
 MOVE_ERROR = 0.001  # of the check, over all quantities together
 MARGIN = 1.0  # nats above the largest log-weight seen, from where a probe lies outside of what m covers
