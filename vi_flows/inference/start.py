@@ -21,9 +21,9 @@ from .initialise import DENSE_DIMS, Located, locate, start_points
 from .mixture import whitened
 from .posterior import Posterior, is_model
 from .scoring import as_flow
-from .training import CLOSE
 
 FlowChoice = str | Flow | Callable[[int], Flow]
+EVEN = 3e-4  # variance of log-weights below which "auto" takes no flow: at .002 a normal's tails still cost k̂ .7
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
 
@@ -63,7 +63,7 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
 
 
 def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:
-    best, even = located.best, located.variance < CLOSE
+    best, even = located.best, located.variance < EVEN
     flow, name, recipe = resolve_flow(choice, best.loc.shape[1], nearly_gaussian=even)
     whitening = Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
     why = _because(choice, located.variance)
@@ -76,7 +76,7 @@ def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) ->
 def _on_mixture(choice: str, located: Located, place: dict[str, Any]) -> Start:
     variance, optima = located.mixture_variance, len(located.optima)
     base, whitening = whitened(located.mixture)
-    flow, name, recipe = resolve_flow(choice, base.dim, nearly_gaussian=variance < CLOSE, base=base)
+    flow, name, recipe = resolve_flow(choice, base.dim, nearly_gaussian=variance < EVEN, base=base)
     how = f"{name} on a mixture of {len(base.weights)} Gaussians at {optima} optima{_because(choice, variance)}"
     return Start(flow.to(**place).then(whitening.to(**place)), how, recipe)
 
@@ -85,7 +85,7 @@ def _because(choice: FlowChoice, variance: float) -> str:
     """Why "auto" chose what it did."""
     if choice != "auto":
         return ""
-    if variance < CLOSE:
+    if variance < EVEN:
         return f", whose log-weights are all but constant (variance {variance:.4f}): a flow could add nothing"
     return f", whose log-weights vary (variance {variance:.2g})"
 
