@@ -7,7 +7,7 @@ import torch
 
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture, StandardNormal
-from vi_flows.inference.gaussian import Gaussians
+from vi_flows.inference.gaussian import Gaussians, gaussian_vi, scale_of
 from vi_flows.inference.initialise import locate, start_points
 from vi_flows.inference.mixture import adapt_mixture, log_weights_of, whitened
 from vi_flows.inference.weights import effective_sample_size, log_mean
@@ -106,3 +106,20 @@ def test_all_forty_components():
     shares = gmm.mode_of(own).bincount(minlength=40) / len(own)
     assert posterior.verdict.status == "reliable"
     assert shares.min() > 0.01 and shares.max() < 0.05
+
+
+def test_starts_that_cannot_be_used_stay_as_they_are():
+    """Gaussian VI in a batch: what overflows reverts to its start, and the others are as if alone."""
+    target = LogDensity(lambda x: -0.5 * (x - 1).square().sum(-1), 2)
+    start = gaussians([[0.0, 0.0], [0.0, 0.0]], 1.0)
+    start.scale_tril[1] = torch.tensor([[1e200, 0.0], [0.0, 1e-200]])
+    found = gaussian_vi(target, start, iterations=40)
+    assert torch.equal(found.scale_tril[1], start.scale_tril[1])
+    assert (found.loc[0] - 1).abs().max() < 0.02
+
+
+def test_a_covariance_that_rounding_spoilt_gives_its_diagonal():
+    spoilt = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double() * torch.tensor([[1e12, 1.0], [1.0, 1e-12]])
+    assert torch.allclose(scale_of(spoilt), torch.diag(torch.tensor([1e6, 1e-6]).double()), rtol=1e-6, atol=0)
+    fine = torch.tensor([[1e12, 0.5], [0.5, 1e-12]]).double()
+    assert torch.allclose(scale_of(fine) @ scale_of(fine).mT, fine, rtol=1e-9, atol=0)

@@ -87,6 +87,12 @@ def from_precision(loc: Tensor, precision: Tensor, origin: str) -> tuple[Gaussia
     return some, index[kept]
 
 
+def scale_of(covariance: Tensor) -> Tensor:
+    """The Cholesky factor (dim, dim) of a covariance; that of its diagonal where rounding left it not positive."""
+    tril, good = _factor(covariance[None])
+    return tril[0] if bool(good) else torch.diag(covariance.diagonal().clamp_min(1e-300).sqrt())
+
+
 def usable(loc: Tensor, tril: Tensor) -> Tensor:
     """Which of the K Gaussians (K,) lie, with their draws, in the range of floating point."""
     return (loc.abs() < EXTREME).all(-1) & (tril.abs() < EXTREME).all(-1).all(-1)
@@ -130,7 +136,8 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
         x = Gaussians(loc, tril, start.origin).at(epsilon)
         value, grad = value_and_grad(target, x.reshape(-1, dim))
         residual = torch.einsum("kji,nkj->nki", tril, grad.reshape(x.shape)) + epsilon[:, None]
-        residual = torch.where((value > -torch.inf).reshape(x.shape[:-1])[..., None], residual, 0.0)
+        usual = (value > -torch.inf).reshape(x.shape[:-1])[..., None] & (residual.abs() < EXTREME)
+        residual = torch.where(usual, residual, 0.0)
         size = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
         residual = residual * (10 * size.median(0).values / size.clamp_min(1e-300)).clamp_max(1.0)
         curvature = torch.einsum("nki,nj->kij", residual, epsilon) / draws

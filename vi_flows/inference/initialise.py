@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flows.bases import Mixture
 from ..targets.target import Target
-from .gaussian import SAME_MODE, Gaussians, distinct, from_covariance, from_precision, gaussian_vi, join
+from .gaussian import SAME_MODE, Gaussians, distinct, from_covariance, from_precision, gaussian_vi, join, scale_of
 from .lowrank_locating import locate_large
 from .mixture import adapt_mixture, log_weights_of
 from .optimise import Iterates, bfgs_paths, newton, value_and_grad
@@ -141,7 +141,7 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
     like = {"dtype": fresh.dtype, "device": fresh.device}
     centre, offset = optima.loc.mean(0), optima.loc - optima.loc.mean(0)
     within = (optima.scale_tril @ optima.scale_tril.mT).mean(0)
-    spread = torch.linalg.cholesky(within + offset.mT @ offset / len(optima))
+    spread = scale_of(within + offset.mT @ offset / len(optima))
     scales = FARTHEST ** torch.rand(STARTS // 4, 1, **like)
     far = centre + scales * torch.randn(len(scales), target.dim, **like) @ spread.mT
     noise = AROUND * torch.randn(CANDIDATES, target.dim, **like)

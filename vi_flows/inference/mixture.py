@@ -9,7 +9,7 @@ from ..flows.bases import Mixture
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets.target import Target
-from .gaussian import Gaussians, gaussian_vi, join
+from .gaussian import Gaussians, gaussian_vi, join, scale_of
 from .weights import effective_sample_size, in_blocks
 
 ROUNDS = 16
@@ -54,7 +54,7 @@ def whitened(mixture: Mixture) -> tuple[Mixture, Fixed]:
     """The mixture with mean 0 and covariance I, as a base, and the affine layer that takes it back."""
     w, offset = mixture.weights, mixture.loc - mixture.weights @ mixture.loc
     within = (w[:, None, None] * (mixture.scale_tril @ mixture.scale_tril.mT)).sum(0)
-    tril = torch.linalg.cholesky(within + offset.mT @ (w[:, None] * offset))
+    tril = scale_of(within + offset.mT @ (w[:, None] * offset))
     loc = torch.linalg.solve_triangular(tril, offset.mT, upper=False).mT
     base = Mixture(loc, torch.linalg.solve_triangular(tril, mixture.scale_tril, upper=False), w)
     return base, Fixed(LowerTriangular, shift=mixture.weights @ mixture.loc, scale_tril=tril)
