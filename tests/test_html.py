@@ -20,7 +20,7 @@ from pyro.infer.autoguide import AutoNormal
 import vi_flows as vf
 from vi_flows.report import html
 
-QUICK = {"progress": False, "steps": 40, "particles": 32, "num_draws": 500}
+QUICK = {"progress": False, "correct": False, "steps": 40, "particles": 32, "num_draws": 500}
 Y = torch.tensor([1.0, 2.0, 6.0])
 VOID = {"meta", "img"}
 NASTY = '<b>&a$x$"'
@@ -261,7 +261,7 @@ def test_long_tables_are_cut_and_say_so(posteriors, monkeypatch):
 
 def test_its_code_makes_the_same_posterior(posteriors, pages):
     code = Page(pages["model"]).code
-    assert "fit(normals, y, flow='gaussian', seed=0, steps=40, particles=32, num_draws=500)" in code
+    assert "fit(normals, y, flow='gaussian', seed=0, steps=40, particles=32, num_draws=500, correct=False)" in code
     names = {"normals": normals, "y": Y}
     exec(code, names)
     assert torch.equal(names["posterior"].draws, posteriors["model"].draws)

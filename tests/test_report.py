@@ -24,7 +24,7 @@ from vi_flows.report import panels, self_test
 from vi_flows.report.draws import select
 from vi_flows.report.plots import KINDS
 
-QUICK = {"progress": False, "steps": 60, "particles": 64, "num_draws": 1000}
+QUICK = {"progress": False, "correct": False, "steps": 60, "particles": 64, "num_draws": 1000}
 Y = torch.tensor([1.0, 2.0, 6.0])
 
 
