@@ -1,5 +1,6 @@
 """Annealed corrections against closed forms: evidence, draws, what stays frozen, what is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ import vi_flows as vf
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference import annealing, correct
+from vi_flows.inference.checks import Check
 from vi_flows.inference.gaussian import Gaussians
 from vi_flows.inference.proposal import DefensiveProposal
 
@@ -280,7 +282,8 @@ def test_standard_errors_are_those_over_the_replicates():
 def test_verdict(wrong, annealed):
     """Too few draws for the precision that is asked for; a disagreement with the importance weights is told."""
     checks = {c.name: c for c in annealed.verdict.checks}
-    assert set(checks) == {"precision", "sds", "evidence", "agreement", "tails", "evenness"}
+    carried = {c.name for c in wrong.verdict.checks} & {"unseen basins", "proper"}
+    assert set(checks) == {"precision", "sds", "evidence", "agreement", "tails", "evenness"} | carried
     claimed = all(c.passed for name, c in checks.items() if name != "sds")
     assert annealed.verdict.status == ("corrected" if claimed else "unreliable")
     assert checks["evidence"].statistic == annealed.log_evidence_se
@@ -361,3 +364,14 @@ def test_resampled_draws_last():
     assert torch.equal(kept.sample(20_000, seed=2).sort(0).values, x.sort(0).values)  # each once
     with pytest.raises(ValueError, match="n: expected an integer of at least 100, got 3"):
         posterior.resample(3)
+
+
+def test_a_check_that_concerns_the_target_is_carried_over():
+    """Annealing from draws that have missed a basin misses it as well: no claim, whatever the runs are like."""
+    target = vf.LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=1)
+    posterior = vf.diagnose(gaussian_flow([0.0], [[1.2]]), target, progress=False, num_draws=1000)
+    assert posterior.anneal().verdict.status == "corrected"
+    missed = Check("unseen basins", 1.0, 0.01, False, "a basin was missed")
+    verdict = dataclasses.replace(posterior.verdict, checks=(missed,))
+    annealed = dataclasses.replace(posterior, verdict=verdict).anneal()
+    assert annealed.verdict.status == "unreliable" and missed in annealed.verdict.checks

@@ -14,7 +14,7 @@ from ..targets.target import Target
 from .annealing import KEPT, MOST_RUNGS, Path, Run, Rung, pilot, run
 from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .fit import threads as torch_threads
-from .judge import CAVEATS, Verdict
+from .judge import CARRIED, CAVEATS, Verdict
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -103,6 +103,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
         _evidence(se),
         _agreement(posterior, level, se),
         *_steps(runs),
+        *(c for c in posterior.verdict.checks if c.name in CARRIED),
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (

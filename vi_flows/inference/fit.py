@@ -85,8 +85,8 @@ def fit(
 ) -> Posterior:
     """Fit a flow to a Pyro model or an unnormalised density by reverse KL, and judge it by importance weights.
 
-    Locates the mass (Pathfinder, Laplace, Gaussian VI), trains the flow on top of the Gaussian found, never returns
-    worse than that Gaussian, and judges the result through a defensive proposal.
+    Locates the mass (Pathfinder, Laplace, Gaussian VI), trains the flow on top of the Gaussian, or the mixture of them,
+    that is found, never returns worse than that, and judges the result through a defensive proposal.
 
     Parameters
     ----------
@@ -190,7 +190,8 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
 
 
 def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
-    """The posterior, or its annealed draws, where its weights are unreliable but see all modes, and these are not."""
+    """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
+    claimed."""
     from .correct import anneal  # it corrects what this module makes
 
     failed = [check.name for check in posterior.verdict.checks if not check.passed]

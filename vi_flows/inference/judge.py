@@ -24,6 +24,7 @@ MOST_NUMBERS = 100_000_000  # that these draws, beyond the first, may take: 0.8 
 CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
+CARRIED = (CONDITION, "proper")  # checks of a fit that hold for what is made of its draws, too
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
 

@@ -27,7 +27,7 @@ from .checks import (
     unseen_moments,
 )
 from .fit import threads as torch_threads
-from .judge import CAVEATS, CONDITION, Verdict
+from .judge import CARRIED, CAVEATS, CONDITION, Verdict
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -45,7 +45,6 @@ LEAST_STEPS = 100  # of an independence chain
 DISTANCE = 0.01  # in total variation
 REPLICATES, TIMES = 1000, 200  # by and at which it is bounded
 AGREEMENT = 3.0  # standard errors
-CARRIED = (CONDITION, "proper")  # checks of the fit that hold for chains from its draws as well
 
 
 @dataclass(frozen=True)
