@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.gaussian import Gaussians, gaussian_vi
+from vi_flows.inference.gaussian import Gaussians, gaussian_vi, improved
 from vi_flows.inference.initialise import locate, start_points
 from vi_flows.inference.optimise import bfgs_paths, hessians, newton
 from vi_flows.inference.proposal import DefensiveProposal
 from vi_flows.inference.weights import effective_sample_size, log_mean
+from vi_flows.testing.synthetic import synthetic
 
 Normal = torch.distributions.Normal
 
@@ -151,3 +152,25 @@ def test_the_proposal_adapts_to_modes_that_the_flow_misses():
     near = DefensiveProposal(flow, Gaussians(centres[:1], eye[:1], ("a mode",)))
     x, log_m, _, _ = near.draw(4000)
     assert near.adapted(x, log_m, -0.5 * x.square().sum(-1) - log_m) is None
+
+
+def test_modes_where_paths_end_early_are_found():
+    """Scales of .001 to 4 and a bend: BFGS stops short, with curvatures far too large, and Newton steps go on."""
+    target = synthetic("mixture", 62)  # four modes of a quarter each
+    torch.manual_seed(0)
+    located = locate(target, start_points(target))
+    latent = target.law.bijection.inverse_and_logdet(located.optima.loc)[0]
+    assert torch.cdist(latent, target.flow.base.components()[0].double()).argmin(1).unique().numel() == 4
+    assert located.mixture.weights.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def test_a_start_gives_way_to_its_gaussian_vi_only_where_that_is_better():
+    target = vf.LogDensity(lambda x: Normal(0.0, 1.0).log_prob(x).sum(-1), dim=2)
+    loc = torch.tensor([[0.0, 0.0], [0.5, 0.5]]).double()
+    tril = torch.tensor([1.05, 0.1]).double()[:, None, None] * torch.eye(2).double()
+    torch.manual_seed(0)
+    found, elbo = improved(target, Gaussians(loc, tril, ("nearly right", "narrow")))
+    assert torch.equal(found.scale_tril[0], tril[0]) and torch.equal(found.loc[0], loc[0])
+    assert found.origin == ("nearly right", "Gaussian VI from narrow")
+    assert elbo.tolist() == pytest.approx([0.0, 0.0], abs=0.02)
+    assert found.scale_tril[1].diagonal().tolist() == pytest.approx([1.0, 1.0], abs=0.1)

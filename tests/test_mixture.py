@@ -30,7 +30,7 @@ def test_a_mixture_is_recovered_from_poor_starts():
     """Weights, locations and covariances of a mixture, from round starts a third as wide and off by an sd."""
     truth = some_mixture()
     start = gaussians(truth.loc + 0.5, 0.3)
-    found = adapt_mixture(LogDensity(truth.log_prob, 3), start)
+    found = adapt_mixture(LogDensity(truth.log_prob, 3), start, torch.zeros(3).double())
     log_w = log_weights_of(LogDensity(truth.log_prob, 3), found, 20_000)
     assert effective_sample_size(log_w) > 0.95 * len(log_w)
     assert log_mean(log_w) == pytest.approx(0, abs=0.01)
@@ -43,7 +43,7 @@ def test_components_are_born_where_none_started():
     """A ring: two starts on it, and in the end all of it is covered."""
     ring = LogDensity(lambda x: -0.5 * ((torch.linalg.vector_norm(x, dim=-1) - 4) / 0.3) ** 2, 2)
     torch.manual_seed(0)
-    found = adapt_mixture(ring, gaussians([[4.0, 0.0], [-4.0, 0.0]], 0.3))
+    found = adapt_mixture(ring, gaussians([[4.0, 0.0], [-4.0, 0.0]], 0.3), torch.zeros(2).double())
     log_w = log_weights_of(ring, found, 20_000)
     assert len(found.weights) > 8
     assert effective_sample_size(log_w) > 0.85 * len(log_w)

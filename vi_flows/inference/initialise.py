@@ -10,13 +10,24 @@ from torch import Tensor
 
 from ..flows.bases import Mixture
 from ..targets.target import Target
-from .gaussian import SAME_MODE, Gaussians, distinct, from_covariance, from_precision, gaussian_vi, join, scale_of
+from .gaussian import (
+    SAME_MODE,
+    Gaussians,
+    distinct,
+    from_covariance,
+    from_precision,
+    gaussian_vi,
+    improved,
+    join,
+    scale_of,
+)
 from .lowrank_locating import locate_large
 from .mixture import adapt_mixture, log_weights_of
-from .optimise import Iterates, bfgs_paths, newton, value_and_grad
+from .optimise import Iterates, bfgs_paths, newton
 from .weights import in_blocks, mean_elbo
 
 STARTS = 64
+FRESH = "a further start"  # the origin of probes
 PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
 MANY_DIMS = 100  # up to which further starts are made
@@ -26,7 +37,8 @@ AROUND = 1.5  # times the spread of the optima, of candidates around them
 CANDIDATES = 2048
 FARTHEST = 30.0
 NEGLIGIBLE = 7.0  # nats of mass below the heaviest optimum, from where a further one does not matter
-HOPELESS = 30.0  # nats of mass below the best, from where the end of a path is not followed up
+WORTH = 2.0  # nats of ELBO that a mixture may lack of the best Gaussian: reverse KL alone favours one mode
+HOPELESS = 30.0  # nats of mass below the best, from where an optimum is not kept
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,9 @@ class Located:
     """What locating found.
 
     best: one Gaussian of the highest ELBO; elbo, variance: the mean and variance of its log-weights over 2,000 draws;
-    modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: Laplace approximations at
-    the distinct proper optima; probes: where a last wave of starts ended, by which modes are checked to be complete;
-    mixture: of Gaussians at several optima, where that has a better ELBO than ``best``, and the variance of its
+    modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: the Laplace
+    approximations at the distinct proper optima, or their Gaussian VI where that is better; probes: where a last wave
+    of starts ended, by which modes are checked to be complete; mixture: of Gaussians at several optima, where that has a better ELBO than ``best``, and the variance of its
     log-weights.
     """
 
@@ -62,8 +74,8 @@ def locate(target: Target, starts: Tensor) -> Located:
         return _located_large(target, starts)
     ends, record = bfgs_paths(target, starts)
     paths = pathfinder(target, record)
-    reached, optima = laplace(target, ends)
-    optima, probes = _further(target, optima)
+    reached, optima, masses = basins(target, ends)
+    optima, masses, probes = _further(target, optima, masses)
     dim = starts.shape[1]
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
     standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
@@ -78,12 +90,12 @@ def locate(target: Target, starts: Tensor) -> Located:
     epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
     winner = int(final.elbo(target, epsilon).argmax())
     best_w = final.pick([winner]).log_weights(target, epsilon)[:, 0]
-    mixture, mixture_variance = _mixture(target, optima, mean_elbo(best_w))
+    mixture, mixture_variance = _mixture(target, optima, masses, mean_elbo(best_w))
     return Located(
         best=final.pick([winner]),
         elbo=mean_elbo(best_w),
         variance=float(best_w[best_w > -torch.inf].var()),
-        modes=joined(optima, refined, reached, paths),
+        modes=join([joined(optima, refined, reached, paths), *_components(mixture)]),
         optima=optima,
         probes=probes,
         mixture=mixture,
@@ -110,25 +122,24 @@ def _located_large(target: Target, starts: Tensor) -> Located:
     )
 
 
-def _further(target: Target, optima: Gaussians) -> tuple[Gaussians, Gaussians]:
-    """The optima with those that further starts find, wave by wave, until one finds none that matters; and the ends of
-    the last wave, which is not followed up, so that they tell how complete the optima are."""
+def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussians, Tensor, Gaussians]:
+    """The optima, with those that further starts find, wave by wave, until one finds none that matters; their masses;
+    and where the last wave ended, which adds no optima, so that it tells how complete they are."""
     dim = optima.loc.shape[1]
     waves = WAVES if dim <= FEW_DIMS else 2 if dim <= MANY_DIMS else 0
     probes = optima.pick([])
     for k in range(waves):
-        ends, _ = bfgs_paths(target, _wave(target, optima), prune=False)
-        probes, index = from_covariance(ends.x, ends.inverse_hessian, "a further start")
-        new = _new(target, optima, probes, ends.value[index])
-        if not new or k == waves - 1:
+        ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
+        rows, index = from_covariance(ends.x, ends.inverse_hessian, FRESH)
+        apart = [i for i, x in enumerate(rows.loc) if not len(optima) or optima.distance(x).amin() > SAME_MODE]
+        _, new, new_masses = basins(target, ends[index[apart]])
+        probes = join([rows, new])
+        every, mass = join([optima, new]), torch.cat([masses, new_masses])
+        kept = distinct(every, mass, limit=modes_kept(dim))
+        if k == waves - 1 or not any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept):
             break
-        _, found = laplace(target, ends[index[new]])
-        every = join([optima, found])
-        kept = every.pick(distinct(every, value_and_grad(target, every.loc)[0], limit=modes_kept(dim)))
-        if len(kept) <= len(optima):
-            break
-        optima = kept
-    return optima, probes
+        optima, masses = every.pick(kept), mass[kept]
+    return optima, masses, probes
 
 
 def _wave(target: Target, optima: Gaussians) -> Tensor:
@@ -152,26 +163,23 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
     return torch.cat([fresh, far, around[best[torch.randperm(len(best))[: STARTS // 2]]]])
 
 
-def _new(target: Target, optima: Gaussians, ends: Gaussians, value: Tensor) -> list[int]:
-    """Which of the ends lie apart from all optima and have, by their curvature, a mass that matters."""
-    if not len(optima):
-        return list(range(len(ends)))
-    known = value_and_grad(target, optima.loc)[0] + optima.logdet()
-    heavy = value + ends.logdet() > known.max() - NEGLIGIBLE
-    apart = torch.stack([optima.distance(x) for x in ends.loc]).amin(-1) > SAME_MODE
-    return (heavy & apart).nonzero()[:, 0].tolist()
-
-
-def _mixture(target: Target, optima: Gaussians, elbo: float) -> tuple[Mixture | None, float]:
-    """A mixture adapted to the optima, if there are several and its ELBO is better than that of the best Gaussian; and
+def _mixture(target: Target, optima: Gaussians, masses: Tensor, elbo: float) -> tuple[Mixture | None, float]:
+    """A mixture adapted to the optima, if there are several and its ELBO is about that of the best Gaussian or better; and
     the variance of its log-weights."""
     if len(optima) < 2:
         return None, math.nan
-    mixture = adapt_mixture(target, optima)
+    mixture = adapt_mixture(target, optima, masses)
     log_w = log_weights_of(target, mixture)
-    if len(mixture.weights) < 2 or not mean_elbo(log_w) > elbo:
+    if len(mixture.weights) < 2 or not mean_elbo(log_w) > elbo - WORTH:
         return None, math.nan
     return mixture, float(log_w[log_w > -torch.inf].var())
+
+
+def _components(mixture: Mixture | None) -> list[Gaussians]:
+    """The components of an adapted mixture: where a basin is bent, they cover it and the optima alone do not."""
+    if mixture is None:
+        return []
+    return [Gaussians(mixture.loc, mixture.scale_tril, ("the adapted mixture",) * len(mixture.weights))]
 
 
 def modes_kept(dim: int) -> int:
@@ -234,17 +242,21 @@ def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PAT
     return chosen.pick(again.argsort(descending=True)[:keep].tolist())
 
 
-def laplace(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians]:
-    """Gaussians at the distinct ends of the paths, by BFGS's inverse Hessians; and the Laplace approximations to which
-    damped Newton steps lead from there, N(x, (−∇² log p)⁻¹), where that is positive."""
+def basins(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians, Tensor]:
+    """Gaussians at the distinct ends of the paths, by BFGS's inverse Hessians; at the optima to which damped Newton
+    steps lead from there, N(x, (−∇² log p)⁻¹) where that is positive, or their Gaussian VI (an optimum may sit on a
+    spike of its basin); and the log masses of the latter by their ELBO.
+
+    All distinct ends are followed up, for on badly scaled targets paths end early, with curvatures far off.
+    """
     rows, index = from_covariance(ends.x, ends.inverse_hessian, "the end of a path")
     limit = modes_kept(rows.loc.shape[1])
-    mass = ends.value[index] + rows.logdet()
     order = distinct(rows, ends.value[index], limit)
-    order = [i for k, i in enumerate(order) if k < PATHS or mass[i] > mass[order].max() - HOPELESS]
     reached = rows.pick(order)
     if not order:
-        return reached, reached
+        return reached, reached, ends.value[:0]
     x, value, hessian = newton(target, ends[index[order]])
     found, kept = from_precision(x, -hessian, "Laplace")
-    return reached, found.pick(distinct(found, value[kept], limit))
+    mass = value[kept] + found.logdet()
+    optima = found.pick([i for i in distinct(found, value[kept], limit) if mass[i] > mass.max() - HOPELESS])
+    return reached, *improved(target, optima)

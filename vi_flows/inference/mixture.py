@@ -9,7 +9,7 @@ from ..flows.bases import Mixture
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets.target import Target
-from .gaussian import Gaussians, gaussian_vi, join, scale_of
+from .gaussian import Gaussians, join, scale_of
 from .weights import effective_sample_size, in_blocks
 
 ROUNDS = 16
@@ -17,22 +17,22 @@ DRAWS, DRAWS_EACH = 2000, 150  # in each round: at least, and for each component
 DF = 5.0  # of the t components that are drawn from, so that weights stay even
 MOST = 64  # components
 LIGHTEST = 12.0  # nats below the heaviest start, from where a component is left out
-BETTER = 1.0  # nats, by which Gaussian VI must improve on a start
 LEAST = 1e-4  # share of the mass, below which one is dropped
 EXCESS = 4.0  # times the mean weight, from where a draw lies in a part of p that the mixture misses
 BIRTHS, UNTIL = 8, 10  # new components in a round, and the round from which there are none
 ENOUGH = 0.98  # ESS as a share, at which adapting ends
 
 
-def adapt_mixture(target: Target, start: Gaussians) -> Mixture:
-    """A mixture of Gaussians adapted to p from components at ``start``.
+def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
+    """A mixture of Gaussians adapted to p from components at ``start``, of these log masses (K,).
 
     In rounds, draws of the mixture with t₅ components are weighted by p, and every component takes the weighted moments
     of its share of them: population Monte Carlo (Cappé et al. 2008), an EM step towards the least KL(p‖q). Where draws
     weigh ``EXCESS`` times the mean the mixture misses a part of p, and new components start there (as in Raftery & Bao
     2010).
     """
-    found, weights = _starts(target, start)
+    heavy = [i for i in masses.argsort(descending=True).tolist() if masses[i] > masses.max() - LIGHTEST][:MOST]
+    found, weights = start.pick(heavy), masses[heavy].softmax(0)
     for k in range(ROUNDS):
         wide = Mixture(found.loc, found.scale_tril, 0.95 * weights + 0.05 / len(weights), DF).requires_grad_(False)
         x = wide.transform(wide.noise((max(DRAWS, DRAWS_EACH * len(found)),)))
@@ -71,20 +71,6 @@ def _log_p(target: Target, x: Tensor) -> Tensor:
     """log p of x, −inf where that is not a number."""
     log_p = in_blocks(target.log_prob, x)
     return torch.where(log_p < torch.inf, log_p, -torch.inf)
-
-
-def _starts(target: Target, start: Gaussians) -> tuple[Gaussians, Tensor]:
-    """The starts, by their Gaussian VI where that has a better ELBO by ``BETTER``, with weights by these ELBOs.
-
-    A start that is right as it is stays: VI would spread it over its neighbours.
-    """
-    refined = gaussian_vi(target, start, iterations=24)
-    epsilon = torch.randn(256, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
-    before, after = start.elbo(target, epsilon), refined.elbo(target, epsilon)
-    every, elbo = join([start, refined]), torch.where(after > before + BETTER, after, before)
-    kept = [i for i in elbo.argsort(descending=True).tolist() if elbo[i] > elbo.max() - LIGHTEST][:MOST]
-    picked = [i + len(start) * int(after[i] > before[i] + BETTER) for i in kept]
-    return every.pick(picked), elbo[kept].softmax(0)
 
 
 def _moments(old: Gaussians, x: Tensor, share: Tensor) -> tuple[Gaussians, Tensor]:

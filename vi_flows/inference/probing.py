@@ -14,6 +14,7 @@ from ..targets.target import Target
 from .annealing import ACCEPTANCE, LENGTH, Path, Rung
 from .checks import Check
 from .gaussian import Gaussians, spread_of
+from .initialise import FRESH
 from .proposal import MODE_DF, DefensiveProposal
 from .propriety import coordinate_names, far_shares
 from .psis import resampling_weights
@@ -82,25 +83,20 @@ def _shifts(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, probes: Gaussians) -> Check:
     """Whether fresh starts, the ends of whose paths are ``probes``, lead to mass that m does not cover.
 
-    A probe at x is suspect if p(x)/m(x) is larger than any weight seen and its Laplace mass p(x) (2π)^{D/2} |L| more
-    than a share BASIN of Ẑ. Far from an optimum that says little, so draws of t₅ components g at the suspects tell:
-    ∫ p g/(g + m) = E_g[p/(g + m)] is less than a share BASIN of Ẑ. If none of n starts leads to more, the 95 % upper
-    limit of the share of starts that do is 1 − 0.05^{1/n}.
+    A probe at x is suspect if p(x)/m(x) is larger than any weight seen; draws of t₅ components g at the suspects tell
+    whether ∫ p g/(g + m) = E_g[p/(g + m)], what m does not cover there, is less than a share BASIN of Ẑ. If none of n
+    starts leads to more, the 95 % upper limit of the share of starts that do is 1 − 0.05^{1/n}.
     """
-    x, dim, level = probes.loc, probes.loc.shape[1], log_mean(pooled.log_w)
-    log_p = _log_p(target, x)
-    above = log_p - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
-    share = log_p + 0.5 * dim * math.log(2 * math.pi) + probes.logdet() - level
-    suspects = probes.pick(((above > 0) & (share > math.log(BASIN))).nonzero()[:, 0].tolist())
-    found = _mass_besides(proposal, target, suspects, level) if len(suspects) else 0.0
+    x, n = probes.loc, probes.origin.count(FRESH)
+    above = _log_p(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
+    suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
+    found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
     if found < BASIN:
-        limit = 1 - 0.05 ** (1 / len(x))
-        sentence = (
-            f"{len(x)} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
-        )
+        limit = 1 - 0.05 ** (1 / max(n, 1))
+        sentence = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
         return Check("unseen basins", found, BASIN, True, sentence)
-    where = ", ".join(f"{v:.3g}" for v in suspects.loc[0, :SHOWN].tolist()) + (", ..." if dim > SHOWN else "")
-    sentence = f"{len(suspects)} of {len(x)} fresh starts led to mass that no draw has seen, as near x = ({where})"
+    where = ", ".join(f"{v:.3g}" for v in suspects.loc[-1, :SHOWN].tolist()) + (", ..." if x.shape[1] > SHOWN else "")
+    sentence = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
     return Check("unseen basins", found, BASIN, False, sentence)
 
 

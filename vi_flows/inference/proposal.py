@@ -14,7 +14,7 @@ from .weights import in_blocks
 
 SHARES = (0.8, 0.1, 0.1)  # of the flow, of the flow over a t base, of the t components
 TAIL_DF, MODE_DF = 4.0, 5.0
-ADAPT, MOST = 0.25, 0.8  # of p's mass: from where the components' shares are adapted, and their largest total share
+ADAPT, MOST = 0.15, 0.8  # of p's mass: from where the components' shares are adapted, and their largest total share
 MODE_SCALE = 1.5  # of a component's scale matrix over the inverse curvature
 
 
