@@ -48,8 +48,8 @@ class Located:
     best: one Gaussian of the highest ELBO; elbo, variance: the mean and variance of its log-weights over 2,000 draws;
     modes: Gaussians at the distinct optima and path ends, for the defensive proposal; optima: the Laplace
     approximations at the distinct proper optima, or their Gaussian VI where that is better; probes: where a last wave
-    of starts ended, by which modes are checked to be complete; mixture: of Gaussians at several optima, where that has a better ELBO than ``best``, and the variance of its
-    log-weights.
+    of starts ended, by which modes are checked to be complete; mixture: of Gaussians at several optima, where that may
+    do better than ``best``, and the variance of its log-weights.
     """
 
     best: Gaussians
@@ -164,8 +164,8 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
 
 
 def _mixture(target: Target, optima: Gaussians, masses: Tensor, elbo: float) -> tuple[Mixture | None, float]:
-    """A mixture adapted to the optima, if there are several and its ELBO is about that of the best Gaussian or better; and
-    the variance of its log-weights."""
+    """A mixture adapted to the optima, if there are several and its ELBO is about that of the best Gaussian or better;
+    and the variance of its log-weights."""
     if len(optima) < 2:
         return None, math.nan
     mixture = adapt_mixture(target, optima, masses)
