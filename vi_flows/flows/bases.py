@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Size, Tensor, nn
 
+from ..arguments import whole
+
 FEW = 8  # components, up to which all of them are drawn from and one is taken
 
 
@@ -17,9 +19,7 @@ class Base(nn.Module, ABC):
 
     def __init__(self, dim: int):
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim: expected a positive integer, got {dim!r}")
-        self.dim = dim
+        self.dim = whole("dim", dim)
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # says the dtype and device to draw in
 
     @abstractmethod

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import whole
 from .autoregressive import Autoregressive
 from .bases import Base, StandardNormal
 from .bijection import Inverted, Layer
@@ -39,20 +40,14 @@ HIDDEN = (64, 64)
 CONDITIONED_LOG_SCALE = 2.5  # bound of a conditioner's log-scale in one layer
 
 
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    return value
-
-
 def _recipe(function: Callable[..., Flow]) -> Callable[..., Flow]:
     """A family that refuses a dim or context that is no positive integer."""
 
     @functools.wraps(function)
     def checked(dim: int, context: int | None = None, **options: Any) -> Flow:
-        _positive("dim", dim)
+        whole("dim", dim)
         if context is not None:
-            _positive("context", context)
+            whole("context", context)
         return function(dim, context, **options)
 
     return checked
@@ -73,14 +68,14 @@ def gaussian(dim: int, context: int | None = None, *, base: Base | None = None) 
 @_recipe
 def planar(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
     """Planar flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
-    stack = Parametric(Planar, dim, context, layers=_positive("layers", layers))
+    stack = Parametric(Planar, dim, context, layers=whole("layers", layers))
     return _flow([stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
 @_recipe
 def radial(dim: int, context: int | None = None, *, layers: int = 8, base: Base | None = None) -> Flow:
     """Radial flow (Rezende & Mohamed 2015), closed by an elementwise affine layer."""
-    stack = [Parametric(Radial, dim, context) for _ in range(_positive("layers", layers))]
+    stack = [Parametric(Radial, dim, context) for _ in range(whole("layers", layers))]
     return _flow([*stack, Parametric(affine(), dim, context)], dim, base, context)
 
 
@@ -103,8 +98,8 @@ def sylvester(
         reversal, alternating; rank = dim).
     rank: columns M <= dim of Q; by default min(dim, 8), or dim if triangular.
     """
-    _positive("layers", layers)
-    rank = _positive("rank", rank) if rank is not None else (dim if kind == "triangular" else min(dim, 8))
+    whole("layers", layers)
+    rank = whole("rank", rank) if rank is not None else (dim if kind == "triangular" else min(dim, 8))
     if rank > dim or (kind == "triangular" and rank != dim):
         expected = f"{dim} (= dim) for a triangular Sylvester flow" if kind == "triangular" else f"at most dim = {dim}"
         raise ValueError(f"rank: expected {expected}, got {rank}")
@@ -113,7 +108,7 @@ def sylvester(
     if kind == "orthogonal":
         stack = [Parametric(OrthogonalSylvester, dim, context, rank=rank) for _ in range(layers)]
     elif kind == "householder":
-        options = {"rank": rank, "reflections": _positive("reflections", reflections)}
+        options = {"rank": rank, "reflections": whole("reflections", reflections)}
         stack = [Parametric(HouseholderSylvester, dim, context, **options) for _ in range(layers)]
     elif kind == "triangular":
         stack = [Parametric(TriangularSylvester, dim, context, rank=rank, reverse=bool(i % 2)) for i in range(layers)]
@@ -215,7 +210,7 @@ def _autoregressive(
     """Autoregressive layers in alternating order; affine ones only scale gently, so an elementwise affine closes."""
     if dim == 1:  # no coordinate comes before: numbers of the context alone
         return _coupling(dim, context, layers, hidden, univariate, "none")
-    orders = [range(dim) if i % 2 == 0 else range(dim - 1, -1, -1) for i in range(_positive("layers", layers))]
+    orders = [range(dim) if i % 2 == 0 else range(dim - 1, -1, -1) for i in range(whole("layers", layers))]
     stack: list[Layer] = [Autoregressive(order, univariate, hidden, context) for order in orders]
     return [*stack, Parametric(affine(), dim, context)]
 
@@ -227,7 +222,7 @@ def _coupling(
     bits = max((dim - 1).bit_length(), 1)
     stack: list[Layer] = []
     order = torch.arange(dim)
-    for i in range(_positive("layers", layers)):
+    for i in range(whole("layers", layers)):
         bit = (i // 2) % bits
         mask = [(j >> bit) % 2 == i % 2 for j in range(dim)] if dim > 1 else [True]
         stack.append(Coupling(mask, univariate, hidden, context))
@@ -247,7 +242,7 @@ def _coupling(
 def _spline(bins: int, bound: float) -> Univariate:
     if not bound > 0:
         raise ValueError(f"bound: expected a positive number, got {bound!r}")
-    if _positive("bins", bins) < 2:
+    if whole("bins", bins) < 2:
         raise ValueError(f"bins: expected at least 2, got {bins}")
     # the affine moves and scales also what lies in the spline's identity tails: funnels and bananas need it
     return chain(rational_quadratic(bins, float(bound)), affine(CONDITIONED_LOG_SCALE))

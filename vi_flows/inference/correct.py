@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from ..targets.target import Target
 from .annealing import KEPT, MOST_RUNGS, Path, Run, Rung, pilot, run
 from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
@@ -30,8 +31,7 @@ UNEVEN = 0.9  # of a step's particles, lost to uneven weights
 
 def resample(posterior: Posterior, n: int, seed: int | None) -> Posterior:
     """n equally weighted draws in place of the proposal's; see :meth:`Posterior.resample`."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 100:
-        raise ValueError(f"n: expected an integer of at least 100, got {n!r}")
+    whole("n", n, 100)
     draws = posterior.proposal
     with seeded(seed):
         index = by_weight(resampling_weights(draws.log_w), n)
@@ -64,11 +64,10 @@ def anneal(
     A pilot run chooses temperatures and kernels, which no later run changes: so each run's Ẑ, the product of the mean
     weights of its steps, is unbiased (Del Moral, Doucet & Jasra 2006). Draws of run r weigh Ẑ_r each.
     """
-    for name, value, least in (("particles", particles, 100), ("replicates", replicates, 4), ("threads", threads, 1)):
-        if name == "threads" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    whole("particles", particles, 100)
+    whole("replicates", replicates, 4)
+    if threads is not None:
+        whole("threads", threads)
     if posterior.target is None:
         raise ValueError("anneal: this posterior has no target; load it with vf.load(path, target=...)")
     began, flow = time.monotonic(), posterior._flow("anneal")

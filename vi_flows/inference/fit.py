@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from ..flows.distribution import Flow
 from ..targets import Target, check_target, resolve_target, settle_dtype
 from .initialise import DENSE_DIMS, joined
@@ -52,11 +53,8 @@ class Options:
 
     def __post_init__(self):
         for name, least in (("steps", 0), ("particles", 2), ("num_draws", 100), ("threads", 1), ("rehearse", 0)):
-            value = getattr(self, name)
-            if name == "threads" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            if name != "threads" or self.threads is not None:
+                whole(name, getattr(self, name), least)
         for name in ("lr", "max_seconds"):
             value = getattr(self, name)
             if not (name == "max_seconds" and value is None) and not (isinstance(value, (int, float)) and value > 0):

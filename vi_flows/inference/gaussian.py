@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..targets.target import Target
 from .optimise import value_and_grad
-from .weights import in_blocks, mean_elbo
+from .weights import log_density, mean_elbo
 
 SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
 PER_DIM = 4  # draws for each dimension, from where their correlations are used
@@ -50,8 +50,7 @@ class Gaussians:
     def log_weights(self, target: Target, epsilon: Tensor) -> Tensor:
         """log p − log q of each (n, K), over the same ε (n, dim) for all; −inf where log p is not a number."""
         x = self.at(epsilon)
-        log_p = in_blocks(target.log_prob, x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
-        log_p = torch.where(log_p < torch.inf, log_p, -torch.inf)
+        log_p = log_density(target, x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
         log_base = -0.5 * (epsilon * epsilon).sum(-1, keepdim=True) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
         return log_p - log_base + self.logdet()
 

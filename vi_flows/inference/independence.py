@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
+from ..arguments import whole
+
 LATEST = 10  # times lag + latest time: by when simulated pairs of chains must have met
 
 # (weights of the proposals (R, N), of the states (R,), uniforms (R, 2)) -> the proposal moved to (R,), −1 for none
@@ -77,8 +79,7 @@ def total_variation_bound(
     arguments out of range.
     """
     for name, value in (("lag", lag), ("replicates", replicates), ("batch", 1 if batch is None else batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        whole(name, value)
     if log_w.dim() != 1 or not bool((log_w > -math.inf).any()) or not bool((log_w < math.inf).all()):
         raise ValueError("log_w: expected log-weights (S,) below +inf with a finite one among them; drop other draws")
     times = torch.as_tensor(times, dtype=torch.float64).reshape(-1)

@@ -24,10 +24,11 @@ from .gaussian import (
 from .lowrank_locating import locate_large
 from .mixture import adapt_mixture, log_weights_of
 from .optimise import Iterates, bfgs_paths, newton
-from .weights import in_blocks, mean_elbo
+from .weights import in_blocks, log_density, mean_elbo
 
 STARTS = 64
 FRESH = "a further start"  # the origin of probes
+ADAPTED = "the adapted mixture"  # that of its components
 PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
 MANY_DIMS = 100  # up to which further starts are made
@@ -158,7 +159,7 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
     noise = AROUND * torch.randn(CANDIDATES, target.dim, **like)
     around = centre + torch.cat([noise[::2] @ spread.mT, noise[1::2] * torch.linalg.vector_norm(spread, dim=-1)])
     explained = Mixture(optima.loc, optima.scale_tril, df=5.0).requires_grad_(False)
-    ratio = in_blocks(target.log_prob, around).nan_to_num(nan=-torch.inf) - in_blocks(explained.log_prob, around)
+    ratio = log_density(target, around) - in_blocks(explained.log_prob, around)
     best = ratio.argsort(descending=True)[: CANDIDATES // 4]
     return torch.cat([fresh, far, around[best[torch.randperm(len(best))[: STARTS // 2]]]])
 
@@ -179,7 +180,7 @@ def _components(mixture: Mixture | None) -> list[Gaussians]:
     """The components of an adapted mixture: where a basin is bent, they cover it and the optima alone do not."""
     if mixture is None:
         return []
-    return [Gaussians(mixture.loc, mixture.scale_tril, ("the adapted mixture",) * len(mixture.weights))]
+    return [Gaussians(mixture.loc, mixture.scale_tril, (ADAPTED,) * len(mixture.weights))]
 
 
 def modes_kept(dim: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..targets.target import Target
 from .gaussian import Gaussians, distinct, from_covariance, join, usable
 from .optimise import CURVATURE, line_search, value_and_grad
-from .weights import in_blocks, mean_elbo
+from .weights import log_density, mean_elbo
 
 MEMORY = 12  # pairs (s, y) that L-BFGS remembers
 ITERATIONS = 300  # of L-BFGS
@@ -50,8 +50,7 @@ class LowRank:
 
     def elbo(self, target: Target, epsilon: Tensor) -> float:
         """E[log p − log q] + const over draws made of ε (n, dim); const is the same for all."""
-        log_p = in_blocks(target.log_prob, self.at(epsilon))
-        log_p = torch.where(log_p < torch.inf, log_p, -torch.inf)
+        log_p = log_density(target, self.at(epsilon))
         return mean_elbo(log_p + epsilon.square().sum(-1) / 2) + float(self.sd.log().sum() + self.stretch.log1p().sum())
 
     def dense(self, origin: str) -> Gaussians:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from . import independence, neutra
 from .annealing import Path, resample_along
 from .checks import (
@@ -92,12 +93,11 @@ def _check(
     for name, value, least in (("chains", chains, 2), ("draws", draws, 100), ("warmup", warmup, 50)):
         if value is None and name != "chains":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        whole(name, value, least)
         if name != "chains" and method in INDEPENDENT:
             raise ValueError(f"{name}: expected None for {method!r}, whose steps are the proposal's draws, got {value}")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"threads: expected an integer of at least 1, got {threads!r}")
+    if threads is not None:
+        whole("threads", threads)
     corrected = any(isinstance(posterior.settings.get(name), dict) for name in ("anneal", "mcmc"))  # how it was done
     if method in INDEPENDENT and corrected:
         raise ValueError(f"method: expected nuts or hmc for draws that are corrected already, got {method!r}")

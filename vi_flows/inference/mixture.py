@@ -10,7 +10,7 @@ from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets.target import Target
 from .gaussian import Gaussians, join, scale_of
-from .weights import effective_sample_size, in_blocks
+from .weights import effective_sample_size, in_blocks, log_density
 
 ROUNDS = 16
 DRAWS, DRAWS_EACH = 2000, 150  # in each round: at least, and for each component
@@ -36,7 +36,7 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
     for k in range(ROUNDS):
         wide = Mixture(found.loc, found.scale_tril, 0.95 * weights + 0.05 / len(weights), DF).requires_grad_(False)
         x = wide.transform(wide.noise((max(DRAWS, DRAWS_EACH * len(found)),)))
-        log_w = _log_p(target, x) - in_blocks(wide.log_prob, x)
+        log_w = log_density(target, x) - in_blocks(wide.log_prob, x)
         w = log_w.softmax(0)
         if not bool(w.isfinite().all()):
             break
@@ -64,13 +64,7 @@ def log_weights_of(target: Target, mixture: Mixture, draws: int = 2000) -> Tenso
     """log p − log q of draws of a mixture q; −inf where log p is not a number."""
     with torch.no_grad():
         x = mixture.transform(mixture.noise((draws,)))
-    return _log_p(target, x) - in_blocks(mixture.log_prob, x)
-
-
-def _log_p(target: Target, x: Tensor) -> Tensor:
-    """log p of x, −inf where that is not a number."""
-    log_p = in_blocks(target.log_prob, x)
-    return torch.where(log_p < torch.inf, log_p, -torch.inf)
+    return log_density(target, x) - in_blocks(mixture.log_prob, x)
 
 
 def _moments(old: Gaussians, x: Tensor, share: Tensor) -> tuple[Gaussians, Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from ..flows.distribution import Flow
 from ..targets.target import Target
 from .gaussian import Gaussians
@@ -79,8 +80,7 @@ class Posterior(Judgement):
         Raises ValueError if n is not positive, or if the posterior was loaded without a target and n exceeds the
         stored draws.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a positive integer, got {n!r}")
+        whole("n", n)
         with seeded(seed):
             if self.target is None:
                 return self._sample_stored(n, weighted)

@@ -19,7 +19,7 @@ from .proposal import MODE_DF, DefensiveProposal
 from .propriety import coordinate_names, far_shares
 from .psis import resampling_weights
 from .quantities import flatten, resample, vary
-from .weights import Weights, in_blocks, log_mean
+from .weights import Weights, in_blocks, log_density, log_mean
 
 MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
 MOVE = 0.1  # in sd, by which moves may shift a quantity
@@ -88,7 +88,7 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     starts leads to more, the 95 % upper limit of the share of starts that do is 1 − 0.05^{1/n}.
     """
     x, n = probes.loc, probes.origin.count(FRESH)
-    above = _log_p(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
+    above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
     suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
     found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
     if found < BASIN:
@@ -104,14 +104,8 @@ def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussia
     """∫ p g/(g + m) as a share of Ẑ = e^level, g the mixture of t components at the suspects."""
     near = Mixture(suspects.loc, suspects.scale_tril, df=MODE_DF).requires_grad_(False)
     x = near.transform(near.noise((EACH * len(suspects),)))
-    log_w = _log_p(target, x) - torch.logaddexp(in_blocks(near.log_prob, x), proposal.log_prob(x))
+    log_w = log_density(target, x) - torch.logaddexp(in_blocks(near.log_prob, x), proposal.log_prob(x))
     return math.exp(min(log_mean(log_w) - level, 0.0))
-
-
-def _log_p(target: Target, x: Tensor) -> Tensor:
-    """log p, −inf where it is not finite."""
-    log_p = in_blocks(target.log_prob, x)
-    return torch.where(log_p.isfinite(), log_p, -math.inf)
 
 
 def symmetric_modes(target: Target, modes: Gaussians) -> str:

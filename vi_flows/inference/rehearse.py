@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import whole
 from ..targets.pyro_model import PyroModel
 from ..targets.pyro_simulate import conditioned_on_data, simulate, with_replicate
 from ..targets.target import Target
@@ -121,8 +122,7 @@ def rehearse(
 
 def check_rehearsal(target: Target, k: int) -> None:
     """Raise ValueError, in one line, for what :func:`rehearse` refuses: before a fit, rather than after it."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"rehearse: expected a positive integer, got {k!r}; the number of data sets to refit")
+    whole("rehearse", k, remedy="the number of data sets to refit")
     if not isinstance(target, PyroModel):
         raise ValueError(
             "rehearse: expected the posterior of a Pyro model, got one of a density or without its target; "

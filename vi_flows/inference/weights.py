@@ -51,6 +51,12 @@ def in_blocks(fn, x: Tensor, block: int = BLOCK) -> Tensor:
         return torch.cat([fn(rows) for rows in x.split(block)])
 
 
+def log_density(target: Target, x: Tensor) -> Tensor:
+    """log p at x (N, dim) in blocks, as (N,): −inf where it is not a number, or +inf."""
+    log_p = in_blocks(target.log_prob, x)
+    return torch.where(log_p < math.inf, log_p, -math.inf)
+
+
 def log_mean(log_w: Tensor) -> float:
     """log Ẑ = log mean exp(log_w), the estimate of log Z."""
     return float(log_w.logsumexp(0) - math.log(len(log_w)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from ..flows.distribution import NotConverged
 from ..inference.posterior import Posterior, seeded
 from ..inference.psis import resampling_weights
@@ -45,8 +46,7 @@ def weighted_draws(posterior: Posterior, n: int, seed: int | None) -> Draws:
 
     Raises ValueError if n is not positive, or exceeds the stored draws of a model loaded without its target.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected a positive integer, got {n!r}")
+    whole("n", n)
     constrain, proposal = constraint(posterior), posterior.proposal
     with seeded(seed):
         if constrain is None:

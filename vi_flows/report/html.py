@@ -19,9 +19,11 @@ import torch
 
 from ..inference.checkpoint import replacing
 from ..inference.fit import Options
+from ..inference.initialise import ADAPTED
 from ..inference.posterior import Posterior, fixed
 from ..inference.psis import import_arviz, smooth
 from ..inference.quantities import flatten
+from ..inference.weights import log_density
 from ..targets import Energy, LogDensity, PyroModel, Target
 from . import markup, panels
 from .draws import constraint
@@ -138,13 +140,15 @@ def _summary(posterior: Posterior) -> str:
 def _modes(posterior: Posterior) -> str:
     """Where the Gaussians lie that locating saw, the highest first, in named values where the target allows."""
     modes, constrain = posterior.modes, constraint(posterior)
+    if modes is not None:
+        modes = modes.pick([i for i, origin in enumerate(modes.origin) if origin != ADAPTED])
     if modes is None or not len(modes):
         return paragraph("None were recorded.")
     order, columns = range(len(modes)), {}
     with torch.no_grad():
         names, values = flatten({"x": modes.loc} if constrain is None else constrain(modes.loc))
         if posterior.target is not None:
-            log_p = posterior.target.log_prob(modes.loc).nan_to_num(nan=-math.inf)
+            log_p = log_density(posterior.target, modes.loc)
             order, columns = log_p.argsort(descending=True).tolist(), {"log p, unconstrained": log_p.tolist()}
     columns |= dict(zip(names, values.T.tolist(), strict=True))
     shown = order if len(names) <= MODES else order[:MODES]

@@ -19,7 +19,7 @@ from ..inference.posterior import Posterior, fixed
 from ..inference.psis import import_arviz, smooth, tail_size
 from ..inference.quantities import flatten, vary
 from ..inference.training import WINDOW
-from ..inference.weights import in_blocks, log_mean
+from ..inference.weights import log_density, log_mean
 from .draws import constraint, select, variable, weighted_draws
 
 Q, TARGET, DARK, LIGHT = "#D55E00", "#0072B2", "#333333", "#999999"  # Okabe and Ito: told apart by the colour-blind
@@ -227,7 +227,7 @@ def density(ax: Axes, posterior: Posterior) -> None:
     spans = [_widened(*_span(dots[:, i].numpy())) for i in (0, 1)]
     axes = [torch.linspace(low, high, GRID, dtype=dots.dtype) for low, high in spans]
     points = torch.cartesian_prod(*axes).to(posterior.proposal.x)
-    log_p = in_blocks(posterior.target.log_prob, points).cpu().nan_to_num(nan=-math.inf, posinf=-math.inf)
+    log_p = log_density(posterior.target, points).cpu()
     p = (log_p - log_p.max()).exp().numpy()
     ordered = np.sort(p)[::-1]
     inside = np.cumsum(ordered) / ordered.sum()

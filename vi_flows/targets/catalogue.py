@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
+from ..arguments import whole
 from .known import Box, KnownDensity, cells, grid_draws, normal, uniform
 
 LOG_2PI = math.log(2 * math.pi)
@@ -68,7 +69,7 @@ def rings() -> KnownDensity:
 
 def funnel(dim: int = 10) -> KnownDensity:
     """The funnel of Neal 2003: v ~ N(0, 3²), the others ~ N(0, eᵛ) given v (D = 10 or any)."""
-    _at_least("dim", dim, 2)
+    whole("dim", dim, 2)
 
     def log_p(x: Tensor) -> Tensor:
         v, others = x[:, 0], x[:, 1:]
@@ -85,7 +86,7 @@ def funnel(dim: int = 10) -> KnownDensity:
 
 def banana(dim: int = 10) -> KnownDensity:
     """A bent Gaussian, after Haario et al. 1999: x₁ ~ N(0, 3²), x₂ + (9 − x₁²)/3 and the others ~ N(0, 1) (D = 10)."""
-    _at_least("dim", dim, 2)
+    whole("dim", dim, 2)
 
     def log_p(x: Tensor) -> Tensor:
         straight = torch.cat([x[:, :1] / 3, x[:, 1:2] - _bend(x), x[:, 2:]], 1)
@@ -122,7 +123,7 @@ def gmm40() -> KnownDensity:
 
 def manywell(dim: int = 8) -> KnownDensity:
     """Pairs of a double well −d⁴ + 6d² + d/2 and a normal, of Noé et al. 2019: 2^(D/2) modes (D = 8 or any even)."""
-    _at_least("dim", dim, 2)
+    whole("dim", dim, 2)
     if dim % 2:
         raise ValueError(f"dim: expected an even number, got {dim}; each well is a pair of coordinates")
     well, step = torch.linspace(-4, 4, 8001, dtype=torch.float64), 0.001
@@ -328,11 +329,6 @@ def _in_plane(log_p: Callable[[Tensor], Tensor], log_z: float, box: Box = WAVES,
         return grid_draws(log_p, box, n, generator)
 
     return KnownDensity(log_p, 2, log_z=log_z, how="quadrature on a grid", draw=draw, **modes)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def _file(data: str | Path, name: str) -> Path:

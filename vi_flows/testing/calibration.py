@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole
 from ..inference.fit import fit
 from ..inference.judge import CAVEATS, CORRECTED
 from ..inference.posterior import Posterior
@@ -145,8 +146,7 @@ def calibrate_verdict(
 
     Raises ValueError for n < 1 or an unknown kind.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected a positive integer, got {n!r}; the number of targets to fit")
+    whole("n", n, remedy="the number of targets to fit")
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {unknown or 'none'}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import whole
 from ..inference.fit import fit as fit_by_default
 from ..inference.posterior import Posterior, seeded
 from ..inference.refits import DATA_SEED, Quantities, RankCheck, Row, Values, collect, measured, point
@@ -59,8 +60,7 @@ def simulation_based_calibration(
 
     Raises ValueError for n < 1, for improper priors, and for data that cannot be simulated.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected a positive integer, got {n!r}; the number of data sets to fit")
+    whole("n", n, remedy="the number of data sets to fit")
     target = resolve_target(model, *args)
     if not isinstance(target, PyroModel):
         raise ValueError("model: expected a Pyro model, got a density; only a model has a prior and simulates data")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from ..arguments import whole
 from ..flows import recipes
 from ..flows.bases import Base, Mixture, StandardNormal, StudentT
 from ..flows.bijection import Bijection, Layer
@@ -96,8 +97,8 @@ def synthetic(kind: str, seed: int, dim: int | None = None) -> SyntheticTarget:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     make, least = KINDS[kind]
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < least):
-        raise ValueError(f"dim: expected an integer of at least {least} for kind {kind!r}, got {dim!r}")
+    if dim is not None:
+        whole("dim", dim, least, f"less is too few for kind {kind!r}")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # which random numbers are drawn depends on it
     try:
