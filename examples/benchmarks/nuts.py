@@ -1,22 +1,25 @@
 """The time of ``vf.fit`` beside that of NUTS at equal effective sample size, on posteriors of a suite.
 
-    python examples/benchmarks/nuts.py --suite DIR [--only NAME] [--seeds N] [--numpyro] [--json OUT]
+    python examples/benchmarks/nuts.py --suite DIR [--only NAME] [--seeds N] [--peer NAME] [--json OUT]
 
-DIR is laid out as in suite.py; without --only, four of its posteriors. --numpyro: NumPyro's NUTS as well, where it is
-installed and its model is written in nuts_peers.py. Rows that OUT already holds are kept.
+DIR is laid out as in suite.py; without --only, four of its posteriors. Besides Pyro's NUTS, that of numpyro, blackjax
+or nutpie as well (--peer, or several: a,b), where these are installed and the model is written in nuts_peers.py. Rows
+that OUT already holds are kept.
 
 vf.fit runs with default settings, all in: its ESS is that of its weighted draws, (sd/mcse of the mean)², the least over
-the reference's quantities. A chain warms up for WARMUP steps, then draws until its bulk ESS, of the worst of the same
-quantities, is 400. A row: CPU seconds of one thread, all in, and what of these is compilation (of a chain: until it can
-take its first step); the least ESS; CPU seconds to an ESS of 1,000 and to that of the fit's draws (a chain's by
-extrapolation: its compilation and warm-up once, its draws in proportion), and how many times the fit's seconds the
-latter are; the largest error of a mean against the reference, in its sds.
+the reference's quantities. A chain warms up, then draws until its bulk ESS, of the worst of the same quantities, is
+400; one that stands still is an error. A row: CPU seconds of one thread, all in, and what of these is compilation (of a
+chain: until it can take its first step); the least ESS; CPU seconds to an ESS of 1,000 and to that of the fit's draws
+(a chain's by extrapolation: its compilation and warm-up once, its draws in proportion), and how many times the fit's
+seconds the latter are; the largest error of a mean against the reference, in its sds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
 import os
 import time
 import warnings
@@ -27,6 +30,7 @@ import arviz
 import numpy as np
 import nuts_peers
 import torch
+from nuts_peers import PEERS, PIECE, Chain, PyroChain
 from rows import add_fit_arguments, read, write
 from suite import Case, add_arguments, cases
 
@@ -34,8 +38,6 @@ import vi_flows as vf
 from vi_flows.inference.quantities import estimate
 
 FOUR = ["eight_schools_noncentered", "kidscore_interaction", "arma11", "nes2000-nes"]
-WARMUP = {"Pyro": 300, "NumPyro": 1000}  # steps: those of NumPyro cost next to nothing
-PIECE = 100
 ENOUGH = 400  # bulk ESS at which a chain ends
 MOST = 20_000  # draws
 GOAL = 1000  # effective draws
@@ -50,20 +52,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     add_fit_arguments(parser)
-    parser.add_argument("--numpyro", action="store_true", help="NumPyro's NUTS too, where it is installed")
+    text = f"also the NUTS of {', '.join(PEERS).lower()}, or of several: a,b"
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help=text)
     arguments = parser.parse_args()
     arguments.only = arguments.only or FOUR
     chosen = cases(parser, arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    models = numpyro_models() if arguments.numpyro else {}
+    peers = chosen_peers(parser, arguments.peer)
+    models = nuts_peers.numpyro_models() if peers else {}
     kept = {(row["name"], row["seed"], row["method"]): row for row in read(arguments.json)}
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)
     for case in chosen:
         for seed in range(arguments.seeds):
             fit = None
-            for method, measure in contestants(case, seed, models):
+            for method, measure in contestants(case, seed, peers, models):
                 row = kept.pop((case.name, seed, method), None) or attempt(case, seed, method, measure)
                 fit = fit or row
                 rows.append(row)
@@ -72,29 +76,37 @@ def main() -> None:
                     write([*rows, *kept.values()], arguments.json)
 
 
-def numpyro_models() -> dict[str, Callable]:
-    """NumPyro's models, on one thread of XLA; none, with a line that says so, where it is not installed."""
+def chosen_peers(parser: argparse.ArgumentParser, asked: list[str]) -> dict[str, type[Chain]]:
+    """The chains that ``--peer`` names, on one thread of XLA; without those, said in a line, that are not installed."""
     one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one}".strip()
-    try:
-        return nuts_peers.numpyro_models()
-    except ImportError as error:
-        print(f"NumPyro is left out: {error}", flush=True)
-        return {}
+    names = {name.lower(): name for name in PEERS}
+    found = {}
+    for part in [part.lower() for option in asked for part in option.split(",") if part]:
+        if part not in names:
+            parser.error(f"--peer: expected one of {', '.join(names)}, got {part}")
+        try:
+            for module in ("numpyro", part):
+                importlib.import_module(module)
+            found[names[part]] = PEERS[names[part]]
+        except ImportError as error:
+            print(f"{names[part]} is left out: {error}", flush=True)
+    return found
 
 
-def contestants(case: Case, seed: int, models: dict[str, Callable]) -> Iterator[tuple[str, Callable[[], dict]]]:
+def contestants(
+    case: Case, seed: int, peers: dict[str, type[Chain]], models: dict[str, Callable]
+) -> Iterator[tuple[str, Callable[[], dict]]]:
     """The methods of a posterior, the fit first, and how each is measured."""
     yield "vf.fit", lambda: measure_fit(case, seed)
     module, data = case.load()
-    of_pyro = functools.partial(nuts_peers.PyroChain, module.model, data, WARMUP["Pyro"], seed)
-    yield "Pyro", lambda: measure_chain(case, of_pyro, WARMUP["Pyro"])
-    if case.short in models:
-        steps = WARMUP["NumPyro"]
-        of_numpyro = functools.partial(nuts_peers.NumPyroChain, models[case.short], data, steps, seed, PIECE)
-        yield "NumPyro", lambda: measure_chain(case, of_numpyro, steps)
-    elif models:
-        print(f"NumPyro, {case.short}: left out, not written in nuts_peers.py", flush=True)
+    yield "Pyro", lambda: measure_chain(case, functools.partial(PyroChain, module.model, data, seed))
+    if case.short not in models and peers:
+        print(f"{', '.join(peers)}, {case.short}: left out, not written in nuts_peers.py", flush=True)
+        return
+    for name, chain in peers.items():
+        make = functools.partial(chain, models[case.short], data, seed)
+        yield name, functools.partial(measure_chain, case, make)
 
 
 def attempt(case: Case, seed: int, method: str, measure: Callable[[], dict]) -> dict[str, Any]:
@@ -126,22 +138,25 @@ def measure_fit(case: Case, seed: int) -> dict[str, Any]:
     }
 
 
-def measure_chain(case: Case, make: Callable[[], Any], warmup: int) -> dict[str, Any]:
-    """One chain after so many steps of warm-up; its CPU seconds leave out what measuring takes."""
-    compile_seconds, chain = timed(make)
-    warmup_seconds, _ = timed(lambda: chain.run(warmup))
+def measure_chain(case: Case, make: Callable[[], Chain]) -> dict[str, Any]:
+    """One chain, from its making on; its CPU seconds leave out what measuring takes."""
+    compile_seconds, made = timed(make)
     states: list[Any] = []
     draw_seconds = ess = 0.0
-    while ess < ENOUGH and len(states) * PIECE < MOST:
-        seconds, piece = timed(lambda: chain.run(PIECE))
-        states.append(piece)
-        draw_seconds += seconds
-        theta = quantities(case, chain.values(states))
-        ess = least_ess(theta)
+    with contextlib.closing(made) as chain:
+        warmup_seconds, _ = timed(chain.warm_up)
+        while ess < ENOUGH and len(states) * PIECE < MOST:
+            seconds, piece = timed(lambda: chain.run(PIECE))
+            states.append(piece)
+            draw_seconds += seconds
+            theta = quantities(case, chain.values(states))
+            if not np.ptp(theta, axis=0).all():  # the ESS of what never changes would be that of independent draws
+                raise RuntimeError(f"stuck after its warm-up: {len(theta)} draws are all alike")
+            ess = least_ess(theta)
     return {
         "cpu_seconds": compile_seconds + warmup_seconds + draw_seconds,
         "compile_seconds": compile_seconds,
-        "warmup": warmup,
+        "warmup": chain.warmup,
         "warmup_seconds": warmup_seconds,
         "draw_seconds": draw_seconds,
         "ess": ess,
