@@ -333,7 +333,7 @@ def test_seed_alone_decides_and_the_global_generator_is_left(wrong, annealed):
         ({"particles": 10}, "particles: expected an integer of at least 100, got 10"),
         ({"particles": 1e4}, "particles: expected an integer of at least 100, got 10000.0"),
         ({"replicates": 3}, "replicates: expected an integer of at least 4, got 3"),
-        ({"threads": 0}, "threads: expected an integer of at least 1, got 0"),
+        ({"threads": 0}, "threads: expected a positive integer, got 0"),
     ],
 )
 def test_refused_in_one_line(wrong, options, message):

@@ -169,7 +169,7 @@ def test_seed_alone_decides_and_the_global_generator_is_left(wrong):
         ({"chains": 1}, r"^chains: expected an integer of at least 2, got 1$"),
         ({"draws": 10}, r"^draws: expected an integer of at least 100, got 10$"),
         ({"warmup": True}, r"^warmup: expected an integer of at least 50, got True$"),
-        ({"threads": 0}, r"^threads: expected an integer of at least 1, got 0$"),
+        ({"threads": 0}, r"^threads: expected a positive integer, got 0$"),
         ({"method": "isir", "chains": 900}, r"^chains: expected at most \d+ for the proposal's \d+ draws, got 900$"),
         ({"method": "imh", "draws": 500}, r"^draws: expected None for 'imh', .*, got 500$"),
     ],
