@@ -46,8 +46,8 @@ class Posterior(Judgement):
     verdict: status "reliable", "corrected" or "unreliable", with reasons.
     khat: mean k̂ of q's weights over repeats of S draws; khat_interval: 90 % interval of that mean.
     ess: effective sample size of ``draws``, a count out of S.
-    elbo: the evidence lower bound of q. log_evidence, log_evidence_se: log ∫p, from the defensive proposal; under
-    improper priors it is a log normaliser.
+    elbo: the evidence lower bound of q. log_evidence, log_evidence_se: log ∫p, from the defensive proposal, and its
+    Monte-Carlo error together with half of what unseen tails may carry; under improper priors it is a log normaliser.
     proposal: draws of the defensive proposal with their weights, from which :meth:`sample` resamples.
     flow, target: as fitted; None where a file was loaded without them.
     modes: Gaussians at the optima that locating saw. flow_description, trace, settings, timing: how it was made.
