@@ -1,0 +1,1 @@
+"""Variational autoencoders whose posterior is a flow."""
