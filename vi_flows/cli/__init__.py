@@ -14,7 +14,9 @@ from rich.console import Console
 
 import vi_flows as vf
 
+from ..vae.distributed import LostWorker
 from . import demo as eight_schools
+from . import vae
 from .inputs import known_densities, loaded, read_data, to_density, to_model
 from .output import as_dict, draw, prepare_folder, prepare_picture, show, to_json, write
 
@@ -26,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fit normalizing flows to posteriors and densities, and say whether the result can be relied on.",
 )
+
+app.add_typer(vae.app, name="vae")
 
 FlowName = Annotated[str, typer.Option("--flow", metavar="NAME", help="auto, or: " + ", ".join(vf.recipes.__all__))]
 Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _interrupted() if status == INTERRUPTED else status
         except (KeyboardInterrupt, typer.Abort):
             return _interrupted()
-        except (vf.DivergedError, vf.NotConverged) as error:
+        except (vf.DivergedError, vf.NotConverged, LostWorker) as error:
             return _fail(error, FAILED)
         except (ValueError, TypeError) as error:
             return _fail(_in_words(error), BAD_INPUT)

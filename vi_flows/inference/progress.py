@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A context manager: ``stage(name, total)`` begins one, ``step(done, total, elbo)`` or ``advance()`` moves it."""
+    """A context manager: ``stage(name, total)`` begins one, ``step(done, total, elbo)`` or ``advance()`` moves it.
 
-    def __init__(self, show: bool):
+    remaining: also show how long a stage will still take.
+    """
+
+    def __init__(self, show: bool, remaining: bool = False):
         self.bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
             BarColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
+            *([TextColumn("left"), TimeRemainingColumn()] if remaining else []),
             console=Console(stderr=True),
             disable=not show,
         )
@@ -35,7 +39,10 @@ class Progress:
         self.task = self.bar.add_task(name, total=total, note="")
 
     def step(self, done: int, total: int, elbo: float) -> None:
-        self.bar.update(self.task, completed=done, total=total, note=f"ELBO {elbo:.2f}  step {done}/{total}")
+        self.note(done, total, f"ELBO {elbo:.2f}  step {done}/{total}")
+
+    def note(self, done: float, total: float, text: str) -> None:
+        self.bar.update(self.task, completed=done, total=total, note=text)
 
     def advance(self) -> None:
         """One more of the stage's total is done."""

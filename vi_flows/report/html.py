@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import pyro
 import torch
 
-from ..inference.checkpoint import replacing
 from ..inference.fit import Options
 from ..inference.initialise import ADAPTED
 from ..inference.posterior import Posterior, fixed
-from ..inference.psis import import_arviz, smooth
+from ..inference.psis import smooth
 from ..inference.quantities import flatten
 from ..inference.weights import log_density
 from ..targets import Energy, LogDensity, PyroModel, Target
@@ -29,10 +23,10 @@ from . import markup, panels
 from .draws import constraint
 from .markup import bullets, paragraph, section, table
 from .panels import Quantities
-from .plots import FEW_PAIRS, STYLE, TICKS, Picture
+from .parts import SMALL, SUFFIXES, WIDE, drawn, versions, written
+from .plots import FEW_PAIRS, Picture
 from .table import summary
 
-SUFFIXES = (".html", ".htm")
 ROWS = 500  # of a table
 MARGINALS = 24
 MODES = 8  # beside one another
@@ -41,8 +35,6 @@ CORRECTIONS = {  # methods of a posterior, and their arguments that are recorded
     "mcmc": ("method", "chains", "draws", "warmup", "seed"),
     "resample": ("n", "seed"),
 }
-WIDE, SMALL = (5.6, 4.0), (2.0, 1.5)  # inches: what still can be read on a phone
-DPI = 144  # one and a half points for each of a screen
 
 
 def write(posterior: Posterior, path: str | Path) -> Path:
@@ -51,18 +43,9 @@ def write(posterior: Posterior, path: str | Path) -> Path:
     Raises ValueError, in one line, for a path that does not end in .html or cannot be written, and for a posterior
     without target and stored draws.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
-        raise ValueError(f"path: expected a file name that ends in .html, got {path}; such as report.html")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # opened before the work: a bad path is told at once
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(page(posterior))
-    except OSError as error:
-        reason = f"{path} ({error.strerror}); choose another folder"
-        raise ValueError(f"path: expected a file that can be written, got {reason}") from None
-    return path
+    with written(path, SUFFIXES, "report.html") as file:
+        file.write(page(posterior).encode())
+    return Path(path)
 
 
 def page(posterior: Posterior) -> str:
@@ -191,16 +174,8 @@ def _making(posterior: Posterior) -> list[str]:
         paragraph("To make it again; with the same inputs and versions, the same numbers:"),
         markup.code_block(code(posterior)),
         markup.pairs("Settings that were recorded.", ("setting", "value"), settings) if settings else "",
-        markup.pairs("Versions where this page was written.", ("package", "version"), _versions()),
+        markup.pairs("Versions where this page was written.", ("package", "version"), versions()),
     ]
-
-
-def _versions() -> dict[str, str]:
-    from .. import __version__
-
-    packages = {"torch": torch, "pyro": pyro, "numpy": np, "arviz": import_arviz(), "matplotlib": matplotlib}
-    others = {name: str(package.__version__) for name, package in packages.items()}
-    return {"vi_flows": __version__, **others, "Python": platform.python_version()}
 
 
 def code(posterior: Posterior) -> str:
@@ -268,31 +243,20 @@ def _number(value: float) -> str:
 # --- pictures
 
 
-def _picture(size: tuple[float, float], alt: str, caption: str, draw: Callable[[Picture], None]) -> str:
-    with matplotlib.rc_context(STYLE):
-        figure = Picture(figsize=size, layout="constrained")
-        draw(figure)
-        for ax in figure.axes:
-            ax.tick_params(which="both", labelsize=TICKS)
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI)
-    return markup.picture(buffer.getvalue(), size, alt, caption)
-
-
 def _trace(posterior: Posterior) -> str:
     steps = len(posterior.trace)
     alt = f"The ELBO in {steps} training steps" if steps else "No training steps"
     alt += f"; judging found an ELBO of {fixed(posterior.elbo)} and a {posterior.evidence_name} of "
     alt += f"{posterior.evidence_text}."
     caption = "The evidence lower bound in training, and what judging found; their gap is KL(q‖p)."
-    return _picture(WIDE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
+    return drawn(WIDE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
 
 
 def _weights(posterior: Posterior) -> str:
     alt = f"Shares of the draws above each weight: k̂ {posterior.khat:.2f} for the flow q, "
     alt += f"{smooth(posterior.proposal.log_w)[1]:.2f} for the proposal."
     caption = "Which share of the draws lies above each weight. A tail as flat as the dashed line has k̂ = 0.7."
-    return _picture(WIDE, alt, caption, lambda figure: panels.weights(figure.subplots(), posterior))
+    return drawn(WIDE, alt, caption, lambda figure: panels.weights(figure.subplots(), posterior))
 
 
 def _marginals(chosen: Quantities) -> str:
@@ -301,7 +265,7 @@ def _marginals(chosen: Quantities) -> str:
     for i, name in enumerate(shown.names):
         alt = f"Density of {name}: weighted draws {_moments(shown.weighted[:, i])}"
         alt += "." if shown.raw is None else f"; draws of q {_moments(shown.raw[:, i])}."
-        images.append(_picture(SMALL, alt, name, lambda figure, i=i: panels.marginal(figure.subplots(), shown, i)))
+        images.append(drawn(SMALL, alt, name, lambda figure, i=i: panels.marginal(figure.subplots(), shown, i)))
     some = "" if len(shown.names) == len(chosen.names) else f" {len(shown.names)} of {len(chosen.names)} quantities."
     kinds = "Blue areas: weighted draws."
     if shown.raw is not None:
@@ -322,7 +286,7 @@ def _pairs(chosen: Quantities) -> str:
     if len(names) < len(chosen.names):
         caption += f" {len(names)} of {len(chosen.names)} quantities."
     side = max(1.9 * len(names), 5.0)
-    return _picture((side, side), f"Scatter plots of the pairs of {', '.join(names)}.", caption, _both(chosen))
+    return drawn((side, side), f"Scatter plots of the pairs of {', '.join(names)}.", caption, _both(chosen))
 
 
 def _both(chosen: Quantities) -> Callable[[Picture], None]:
@@ -346,4 +310,4 @@ def _both(chosen: Quantities) -> Callable[[Picture], None]:
 
 def _density(posterior: Posterior) -> str:
     alt = "Weighted draws over the contours of the target's density in its two unconstrained coordinates."
-    return _picture(WIDE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))
+    return drawn(WIDE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))

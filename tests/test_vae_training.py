@@ -1,0 +1,206 @@
+"""Training a VAE: what options do, and runs that are cut off and go on as if they had not been."""
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from vi_flows.cli import main
+from vi_flows.inference.posterior import seeded
+from vi_flows.inference.training import DivergedError
+from vi_flows.vae import checkpoint
+from vi_flows.vae.checkpoint import Run
+from vi_flows.vae.data import load
+from vi_flows.vae.model import Architecture, build
+from vi_flows.vae.training import Options, begin, kl_weight, learning_rate, parameter_groups, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A hundred and sixty images of 4 × 4 bits: one of four stripes is on, with a tenth of the pixels flipped."""
+    generator = np.random.default_rng(0)
+    stripe = np.repeat(np.eye(4, dtype=np.uint8)[generator.integers(0, 4, 160)], 4, axis=1)
+    rows = stripe ^ (generator.random((160, 16)) < 0.1).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "stripes.npz"
+    np.savez(path, train=rows[:100], valid=rows[100:130], test=rows[130:])
+    return path
+
+
+def start(data, **options):
+    images, options = load(data), Options(**{"epochs": 3, "batch": 30, **options})
+    architecture = Architecture(images.shape, latent=2, posterior="planar", network_options={"hidden": [10, 8]})
+    torch.manual_seed(options.seed)
+    return begin(build(architecture), options), images, Run(architecture, options, {})
+
+
+def ran(data, **options):
+    with seeded(0):
+        state, images, run = start(data, **options)
+        train(state, images, run.options)
+    return state
+
+
+def parameters(state):
+    return torch.cat([p.detach().reshape(-1) for p in state.vae.parameters()])
+
+
+@pytest.mark.parametrize("objective", ["elbo", "stl", "iwae", "dreg"])
+def test_every_objective_learns_the_stripes(data, objective):
+    draws = 1 if objective in ("elbo", "stl") else 4
+    state = ran(data, epochs=50, objective=objective, draws=draws, lr=1e-2, warm_up=40)
+    first, last = state.history[0], state.history[-1]
+    assert last["valid_iwae"] > first["valid_iwae"] + 1
+    assert last["elbo"] == pytest.approx(last["reconstruction"] - last["kl"], abs=1e-4)
+    assert last["valid_iwae"] >= last["valid_elbo"]
+
+
+def test_a_seed_is_a_run(data):
+    one, same, other = ran(data), ran(data), ran(data, seed=1)
+    assert torch.equal(parameters(one), parameters(same))
+    assert not torch.equal(parameters(one), parameters(other))
+
+
+def test_schedules():
+    cosine, warm = Options(epochs=10, schedule="cosine", lr=1.0), Options(warm_up=4, beta=2.0)
+    assert learning_rate(cosine, 0.0) == 1 and learning_rate(cosine, 5.0) == pytest.approx(0.5)
+    assert learning_rate(cosine, 10.0) == pytest.approx(0)
+    assert [kl_weight(warm, e) for e in (0.0, 0.9, 1.0, 3.0, 9.5)] == [0.5, 0.5, 1.0, 2.0, 2.0]
+    assert kl_weight(Options(), 0.0) == 1
+
+
+def test_free_bits_leave_kl_alone_below_them(data):
+    """Without a price the KL stays near what it is free to be; at full price it falls to nearly nothing here."""
+    free = ran(data, epochs=30, free_bits=3.0, lr=1e-2).history[-1]["kl"]
+    assert free > 1.5
+
+
+def test_heads_learn_at_the_rate_of_an_ordinary_linear_layer(data):
+    state, _, _ = start(data)
+    groups = parameter_groups(state.vae, 0.1)
+    assert [group["factor"] for group in groups] == [1.0, 8**0.5] and groups[1]["lr"] == pytest.approx(0.1 * 8**0.5)
+    assert sum(len(group["params"]) for group in groups) == len(list(state.vae.parameters()))
+
+
+def test_patience(data):
+    """With a learning rate of almost 0 nothing gets better for long."""
+    state = ran(data, epochs=50, patience=2, lr=1e-12)
+    assert state.epoch < 10 and state.epoch >= 3
+    warm = ran(data, epochs=12, patience=2, warm_up=8, lr=1e-12)
+    assert warm.epoch >= 10
+
+
+def test_divergence_is_told(data):
+    state, images, run = start(data)
+    with torch.no_grad():
+        next(state.vae.decoder.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergedError, match="gradients were not finite in 4 steps in a row, in epoch 1"):
+        train(state, images, dataclasses.replace(run.options, epochs=10))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamax"])
+@pytest.mark.parametrize("after", [2, 4, 7])
+def test_a_run_that_goes_on_is_the_run(data, tmp_path, optimizer, after):
+    """Stopped within an epoch, at its end, and within the next: parameters, history and generators to the last bit."""
+    options = {"optimizer": optimizer, "clip": 5.0, "schedule": "cosine"}
+    whole = ran(data, **options)
+    with seeded(0):
+        state, images, run = start(data, **options)
+        steps = iter(range(1, 1000))
+        save = functools.partial(checkpoint.save, run=run, folder=tmp_path)
+        assert not train(state, images, run.options, save=save, stop=lambda: next(steps) == after)
+    with seeded(99):
+        state, run = checkpoint.resume(tmp_path)
+        assert train(state, images, run.options)
+    assert torch.equal(parameters(state), parameters(whole))
+    drop = [{k: v for k, v in record.items() if k != "seconds"} for record in state.history]
+    assert drop == [{k: v for k, v in record.items() if k != "seconds"} for record in whole.history]
+
+
+def test_the_best_is_kept(data, tmp_path):
+    with seeded(0):
+        state, images, run = start(data, epochs=4)
+        train(state, images, run.options, save=lambda s: checkpoint.save(s, run, tmp_path))
+    vae, found, history = checkpoint.load(tmp_path)
+    assert len(history) == state.best[0] and found.architecture == run.architecture and not vae.training
+    assert {p.name for p in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", "best.safetensors"}
+
+
+def command(data, out, *more):
+    return ["vae", "train", "--data", str(data), "--latent", "2", "--epochs", "3", "--batch", "30", "--threads", "1",
+            "--posterior", "planar", "--no-progress", "--out", str(out), *more]  # fmt: skip
+
+
+def header(path):
+    with safe_open(str(path), "pt") as file:
+        return json.loads(file.metadata()["vi_flows_vae"])
+
+
+def test_bad_runs(data, tmp_path, capsys):
+    """One line, exit 2, and nothing is overwritten."""
+    out = tmp_path / "run"
+    assert main(command(data, out)) == 0
+    kept = (out / "last.safetensors").read_bytes()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "last.safetensors").write_bytes(kept[: len(kept) // 2])
+    tampered = tmp_path / "tampered"
+    tampered.mkdir()
+    (tampered / "last.safetensors").write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    capsys.readouterr()
+    for arguments, message in [
+        (command(data, out), "--out: expected a folder without a run"),
+        (command(data, out, "--resume", "--lr", "1"), "--data: expected none beside --resume"),
+        (["vae", "train", "--out", str(broken), "--resume"], "checkpoint: expected a whole safetensors file"),
+        (["vae", "train", "--out", str(tampered), "--resume"], "checkpoint: expected what was saved"),
+        (["vae", "train", "--out", str(tmp_path / "none"), "--resume"], "DIR: expected a folder"),
+        (["vae", "sample", str(tmp_path)], "checkpoint: expected a folder that vae train has written"),
+        (command(data, tmp_path / "a", "--posterior", "planr"), "posterior: expected one of"),
+        (command(data, tmp_path / "a", "--latent", "0"), "latent: expected a positive integer"),
+        (command(data, tmp_path / "a", "--lr", "-1"), "lr: expected a positive number"),
+        (command(tmp_path / "no.npz", tmp_path / "a"), "--data: expected"),
+    ]:
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("vi-flows: " + message) and said.count("\n") == 1, said
+    assert (out / "last.safetensors").read_bytes() == kept and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(data, tmp_path, kills):
+    """SIGKILL at random moments and --resume: every checkpoint reads, and the end is that of the whole run."""
+    assert main(command(data, tmp_path / "whole", "--epochs", "40")) == 0
+    out, chance = tmp_path / "killed", random.Random(0)
+    arguments = [sys.executable, "-m", "vi_flows", *command(data, out, "--epochs", "40")]
+    for _ in range(kills):
+        run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        while run.poll() is None and not (out / "last.safetensors").exists():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3) if arguments[-1] != "--resume" else chance.uniform(3, 6))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        arguments = [sys.executable, "-m", "vi_flows", "vae", "train", "--out", str(out), "--no-progress", "--resume"]
+        assert header(out / "last.safetensors")["epoch"] >= 1
+    assert subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True).returncode == 0
+    whole, killed = (header(p / "last.safetensors")["history"] for p in (tmp_path / "whole", out))
+    assert [record["elbo"] for record in whole] == [record["elbo"] for record in killed]
+
+
+def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
+    arguments = [sys.executable, "-m", "vi_flows", *command(data, tmp_path / "run", "--epochs", "100000")]
+    run = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / "run" / "last.safetensors").exists():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 143 and "--resume" in said
+    assert checkpoint.resume(tmp_path / "run")[0].epoch >= 1

@@ -1,0 +1,292 @@
+"""``vi-flows vae``: train a VAE whose posterior is a flow, evaluate it, and draw from it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..inference.checkpoint import replacing
+from ..inference.fit import threads as torch_threads
+from ..inference.posterior import seeded
+from ..inference.progress import Progress
+from ..vae import checkpoint
+from ..vae.checkpoint import Run
+from ..vae.data import BINARISE, Images, load
+from ..vae.distributed import Workers, workers
+from ..vae.likelihoods import LIKELIHOODS
+from ..vae.model import POSTERIORS, PRIORS, Architecture, build
+from ..vae.networks import NETWORKS
+from ..vae.objectives import OBJECTIVES
+from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, Options, State, begin, train
+from .output import to_json
+
+LIKELIHOOD_OF = {2: "bernoulli", 256: "categorical", None: "gaussian"}  # of data with so many levels
+STOPPED = 143  # exit status where a signal ended training, and its state was saved
+EVALUATION, PAGE, SAMPLES = "evaluation.json", "report.html", "samples.png"
+
+app = typer.Typer(help="Train a VAE whose posterior is a flow, evaluate it, draw from it.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What vae train wrote.")]
+Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch (all cores).")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (a GPU if there is one).")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
+
+
+def _one_of(names: Any) -> str:
+    return ", ".join(names)
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    data: Annotated[str, typer.Option(metavar="PATH|digits", help=".npz, .npy, IDX files, or digits.")] = "digits",
+    posterior: Annotated[str, typer.Option(metavar="NAME", help=_one_of(POSTERIORS))] = "sylvester",
+    latent: Annotated[int, typer.Option(help="Size of z.")] = 64,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (20).")] = None,
+    batch: Annotated[int, typer.Option(help="Rows in a step.")] = 100,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, settings, history go here.")] = Path("vae"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR; other options are then DIR's.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a DIR that has a run.")] = False,
+    network: Annotated[str, typer.Option(metavar="NAME", help=_one_of(NETWORKS))] = "mlp",
+    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=_one_of(LIKELIHOODS))] = None,
+    layers: Annotated[int | None, typer.Option(help="Of the flow.")] = None,
+    prior: Annotated[str, typer.Option(metavar="NAME", help=_one_of(PRIORS))] = "normal",
+    binarise: Annotated[str | None, typer.Option(metavar="NAME", help=_one_of(BINARISE) + " (digits: dynamic)")] = None,
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="Add uniform noise to bytes.")] = False,
+    objective: Annotated[str, typer.Option(metavar="NAME", help=_one_of(OBJECTIVES))] = "elbo",
+    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row in training.")] = 1,
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=_one_of(OPTIMIZERS))] = "adam",
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(metavar="NAME", help=_one_of(SCHEDULES))] = "constant",
+    warm_up: Annotated[int, typer.Option(help="Epochs over which the KL's weight rises to 1.")] = 0,
+    beta: Annotated[float, typer.Option(help="The KL's weight after that.")] = 1.0,
+    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = 0.0,
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = 0,
+    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = 10,
+    precision: Annotated[str, typer.Option(metavar="NAME", help=_one_of(PRECISIONS) + " (bfloat16 on a GPU)")] = "full",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = False,
+    threads: Threads = None,
+    device: Device = None,
+    no_progress: NoProgress = False,
+) -> None:
+    """Train; the last two states and the best are kept in DIR, and --resume goes on from there."""
+    given = {name.rstrip("_"): value for name, value in context.params.items()}
+    with torch_threads(threads or torch.get_num_threads()), workers() as processes:
+        if resume:
+            _refuse_others(context)
+            state, run, images = _resumed(out, epochs)
+        else:
+            state, run, images = _begun(given, out, overwrite)
+        _move(state, device)
+        finished = _trained(state, run, images, out, not no_progress, processes)
+        if processes.first:
+            _say(state, out, finished)
+    if not finished:
+        raise typer.Exit(STOPPED)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Folder,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Where the data is now, if it has moved.")] = None,
+    draws: Annotated[int, typer.Option(help="K of the bound IWAE-K.")] = 1000,
+    rows: Annotated[int | None, typer.Option(help="Test rows, by chance (all).")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """The test likelihood with its error, what the posterior is worth, and a page of pictures."""
+    from ..report.vae_page import write_page
+    from ..vae.evaluation import evaluate
+
+    vae, run, history = checkpoint.load(_existing(folder))
+    images = _images(data or run.data["source"], run.data["options"])
+    if images.shape != run.architecture.shape:
+        raise ValueError(
+            f"--data: expected images {run.architecture.shape}, got {images.shape}; pass those of training"
+        )
+    vae.to(_device(device))
+    with torch_threads(threads or torch.get_num_threads()):
+        levels = 256 if images.noise == "dequantise" else None
+        found = evaluate(vae, images.values(images.test), draws, seed, max_rows=rows, dequantised=levels)
+        settings = {**run.architecture.as_dict(), **run.options.as_dict(), **run.data["options"]}
+        write_page(folder / PAGE, vae, images.shape, images.values(images.test), found, history, settings)
+    with replacing(folder / EVALUATION) as temporary:
+        temporary.write_text(to_json(found.as_dict()))
+    if as_json:
+        print(to_json(found.as_dict()))
+        return
+    for sentence in found.sentences:
+        print(sentence)
+    print(f"{folder / EVALUATION} and {folder / PAGE} have the rest")
+
+
+@app.command("sample")
+def sample_command(
+    folder: Folder,
+    n: Annotated[int, typer.Option("-n", help="How many.")] = 64,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=".png or .npy (DIR/samples.png).")] = None,
+    noisy: Annotated[bool, typer.Option("--noisy", help="Draws of the pixels, not their means.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Draw images from the prior and the decoder."""
+    from ..report.vae_page import write_images
+
+    vae, run, _ = checkpoint.load(_existing(folder))
+    with seeded(seed):
+        x = vae.sample(n, mean=not noisy)
+    path = out or folder / SAMPLES
+    write_images(path, x, run.architecture.shape)
+    print(path)
+
+
+def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Run, Images]:
+    """The state of a new run, from the command's options by name."""
+    if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):
+        raise ValueError(f"--out: expected a folder without a run, got {out}; add --resume or --overwrite")
+    options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
+    binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
+    asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
+    images = _images(given["data"], asked)
+    architecture = Architecture(
+        shape=images.shape,
+        latent=given["latent"],
+        network=given["network"],
+        likelihood=given["likelihood"] or LIKELIHOOD_OF[images.levels],
+        posterior=given["posterior"],
+        prior=given["prior"],
+        centre=images.centre,
+        spread=images.spread,
+        posterior_options={} if given["layers"] is None else {"layers": given["layers"]},
+    )
+    torch.manual_seed(options.seed)
+    vae = build(architecture)
+    vae.likelihood.check(images.values(images.train[:1000], training=True), "--data")
+    data = {"source": given["data"], "options": asked, "fingerprint": _fingerprint(images)}
+    if overwrite:
+        checkpoint.clear(out)
+    return begin(vae, options), Run(architecture, options, data), images
+
+
+def _resumed(out: Path, epochs: int | None) -> tuple[State, Run, Images]:
+    state, run = checkpoint.resume(_existing(out))
+    if epochs is not None:
+        run = dataclasses.replace(run, options=dataclasses.replace(run.options, epochs=epochs))
+    images = _images(run.data["source"], run.data["options"])
+    if _fingerprint(images) != run.data["fingerprint"]:
+        raise ValueError(f"--data: expected what {out} was trained on, got other values; put them back, or --overwrite")
+    return state, run, images
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """With --resume the folder has the options: others that are given would be ignored in silence."""
+    for name in context.params:
+        typed = context.get_parameter_source(name).name == "COMMANDLINE"
+        if typed and name not in ("out", "resume", "epochs", "threads", "device", "no_progress"):
+            flag = "--" + name.rstrip("_").replace("_", "-")
+            raise ValueError(f"{flag}: expected none beside --resume, which takes those of --out; leave it out")
+
+
+def _trained(state: State, run: Run, images: Images, out: Path, show: bool, processes: Workers) -> bool:
+    """Train with a progress bar, saving as it goes; a signal saves and stops."""
+    with Progress(show and processes.first, remaining=True) as bar, stopping() as stop:
+        bar.stage("training", run.options.epochs)
+        rate = Rate(run.options.batch)
+
+        def report(state: State, steps: int) -> None:
+            if state.step % 10 == 0 or state.step == steps:
+                bar.note(state.epoch + state.step / steps, run.options.epochs, _line(state, rate()))
+
+        def save(state: State) -> None:
+            if processes.first:
+                checkpoint.save(state, run, out)
+
+        return train(state, images, run.options, report, save, stop, processes)
+
+
+def _line(state: State, rate: float) -> str:
+    elbo, likelihood, kl, count = state.totals
+    epoch = f"epoch {state.epoch + 1}  "
+    return epoch + f"ELBO {elbo / count:.2f} = {likelihood / count:.2f} − KL {kl / count:.2f}  {rate:.0f} images/s"
+
+
+class Rate:
+    """Images in a second since it was made; called after every tenth step."""
+
+    def __init__(self, batch: int):
+        self.images, self.began = 10 * batch, time.monotonic()
+
+    def __call__(self) -> float:
+        now = time.monotonic()
+        rate, self.began = self.images / max(now - self.began, 1e-9), now
+        return rate
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second one ends the program as usual."""
+    seen: list[int] = []
+    before = {}
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(state: State, out: Path, finished: bool) -> None:
+    if not finished:
+        print(f"stopped in epoch {state.epoch + 1}, saved; go on by: vi-flows vae train --out {out} --resume")
+        return
+    epoch, best = state.best
+    print(f"{state.epoch} epochs in {state.seconds:.0f} s; best validation bound {best:.2f} nats, in epoch {epoch}")
+    print(f"evaluate it by: vi-flows vae evaluate {out}")
+
+
+def _images(source: str, options: dict[str, Any]) -> Images:
+    return load(source, **options)
+
+
+def _fingerprint(images: Images) -> str:
+    """A hash of the training rows, by which other data is told."""
+    rows = images.train.contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest()
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"DIR: expected a folder that vae train has written, got {folder}; train first")
+    return folder
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device: expected cpu{', or cuda' if torch.cuda.is_available() else ''}, got {name}")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _move(state: State, device: str | None) -> None:
+    """To the device, the optimizer's tensors with it."""
+    place = _device(device)
+    state.vae.to(place)
+    state.optimizer.load_state_dict(state.optimizer.state_dict())  # casts its tensors to where the parameters are

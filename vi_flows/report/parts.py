@@ -1,0 +1,66 @@
+"""What every page is made with: a file that is whole or not there, pictures inside it, the versions it was made by."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import matplotlib
+import numpy as np
+import pyro
+import torch
+
+from ..inference.checkpoint import replacing
+from ..inference.psis import import_arviz
+from . import markup
+from .plots import STYLE, TICKS, Picture
+
+SUFFIXES = (".html", ".htm")
+WIDE, SMALL = (5.6, 4.0), (2.0, 1.5)  # inches: what still can be read on a phone
+DPI = 144  # one and a half points for each of a screen
+
+
+@contextmanager
+def written(path: str | Path, suffixes: Sequence[str], example: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when all is written to it; its folder is made.
+
+    It is opened before the work, so that a bad path is told at once: ValueError, in one line, for a path that ends
+    otherwise or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes or os.path.isdir(path):
+        raise ValueError(
+            f"path: expected a file name that ends in {' or '.join(suffixes)}, got {path}; such as {example}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            yield file
+    except OSError as error:
+        reason = f"{path} ({error.strerror}); choose another folder"
+        raise ValueError(f"path: expected a file that can be written, got {reason}") from None
+
+
+def drawn(size: tuple[float, float], alt: str, caption: str, draw: Callable[[Picture], None]) -> str:
+    """What ``draw`` puts on a figure, as a picture inside the page."""
+    with matplotlib.rc_context(STYLE):
+        figure = Picture(figsize=size, layout="constrained")
+        draw(figure)
+        for ax in figure.axes:
+            ax.tick_params(which="both", labelsize=TICKS)
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return markup.picture(buffer.getvalue(), size, alt, caption)
+
+
+def versions() -> dict[str, str]:
+    from .. import __version__
+
+    packages = {"torch": torch, "pyro": pyro, "numpy": np, "arviz": import_arviz(), "matplotlib": matplotlib}
+    others = {name: str(package.__version__) for name, package in packages.items()}
+    return {"vi_flows": __version__, **others, "Python": platform.python_version()}

@@ -1,0 +1,279 @@
+"""A trained VAE as one HTML page that needs nothing beside it: what it is worth, and what its images look like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.image import imsave
+from torch import Tensor
+
+from ..inference.posterior import seeded
+from ..vae.bounds import evaluating
+from ..vae.evaluation import ACTIVE, LIMIT, Estimate, Evaluation
+from ..vae.model import VAE
+from . import markup
+from .markup import bullets, paragraph, section, table
+from .panels import DARK, LIGHT, TARGET, Q
+from .parts import SUFFIXES, WIDE, drawn, versions, written
+from .plots import Picture
+
+PAIRS, COLUMNS = 20, 10  # images with their reconstructions; in a row
+SAMPLES = 60
+DOTS, DRAWS = 2000, 32  # images in the latent plot, and draws for each posterior mean
+GAP, ZOOM = 2, 3  # pixels between images; points of a .png to a pixel
+History = Sequence[Mapping[str, float]]
+
+
+def write_page(
+    path: str | Path,
+    vae: VAE,
+    images_shape: tuple[int, int, int],
+    x: Tensor,
+    evaluation: Evaluation,
+    history: History,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write the page of :func:`page` to ``path``, whole or not at all; its folder is made. Returns the path.
+
+    Raises ValueError, in one line, for a path that does not end in .html or cannot be written, and for images of
+    another size.
+    """
+    with written(path, SUFFIXES, "report.html") as file:
+        file.write(page(vae, images_shape, x, evaluation, history, settings).encode())
+    return Path(path)
+
+
+def write_images(path: str | Path, x: Tensor, shape: tuple[int, int, int]) -> Path:
+    """Images x (n, C·H·W) as one picture (.png), ten in a row, or as an array (n, C, H, W) (.npy), whole or not at all.
+
+    Raises ValueError, in one line, for a path that ends otherwise or cannot be written.
+    """
+    with written(path, (".png", ".npy"), "samples.png") as file:
+        if Path(path).suffix.lower() == ".npy":
+            np.save(file, x.reshape(-1, *shape).cpu().numpy())
+        else:
+            picture = _shades(montage(x.cpu().float().split(COLUMNS), shape), x).repeat(ZOOM, 0).repeat(ZOOM, 1)
+            imsave(file, np.nan_to_num(picture, nan=1.0), cmap="gray", vmin=0, vmax=1, format="png")
+    return Path(path)
+
+
+def page(
+    vae: VAE,
+    images_shape: tuple[int, int, int],
+    x: Tensor,
+    evaluation: Evaluation,
+    history: History,
+    settings: Mapping[str, Any],
+) -> str:
+    """A VAE as an HTML document without scripts and outside resources.
+
+    Parameters
+    ----------
+    images_shape: (C, H, W) of a row. x: rows (N, dim) that it was not trained on, those that were evaluated.
+    history: a record for each epoch: epoch, elbo, reconstruction, kl, valid_elbo, valid_iwae, seconds.
+    settings: names and values that say how it was made.
+    """
+    if x.dim() != 2 or x.shape[1] != math.prod(images_shape):
+        expected = " × ".join(map(str, images_shape))
+        raise ValueError(f"x: expected rows of {expected} = {math.prod(images_shape)} values, got {tuple(x.shape)}")
+    with evaluating(vae), seeded(evaluation.seed):
+        x = x[torch.randperm(len(x))].to(vae.posterior.device)
+        sections = [
+            section("Evaluation", _numbers(evaluation)),
+            section("Reconstructions", _reconstructions(vae, images_shape, x[:PAIRS])),
+            section("Samples", _samples(vae, images_shape, x)),
+            section("Latent space", _latent(vae, x[:DOTS], evaluation)),
+            section("Training", _curves(history)),
+            section("Importance weights", _khat(evaluation)),
+            section("How it was made", *_making(history, settings)),
+        ]
+    return markup.document("a VAE by vi_flows", _header(evaluation), sections)
+
+
+# --- words and tables
+
+
+def _header(evaluation: Evaluation) -> str:
+    lead, *rest = evaluation.sentences
+    return f'<header>\n<h1>A VAE, evaluated</h1>\n<p class="lead">{escape(lead)}</p>\n{bullets(rest)}</header>'
+
+
+def _numbers(evaluation: Evaluation) -> str:
+    gap = f"amortisation gap ({evaluation.gap_rows} images, {evaluation.gap_steps} steps)"
+    estimates = {
+        f"log p(x) by IWAE-{evaluation.draws}, nats": evaluation.iwae,
+        "ELBO, nats": evaluation.elbo,
+        "reconstruction E_q[log p(x|z)], nats": evaluation.reconstruction,
+        "KL(q(z|x)‖p(z)), nats": evaluation.kl,
+        f"{gap}, nats": evaluation.gap,
+        f"bits per dimension by IWAE-{evaluation.draws}": evaluation.bits,
+        "bits per dimension by the ELBO": evaluation.elbo_bits,
+    }
+    rows = [(name, f"{e.value:.3f}", _error(e)) for name, e in estimates.items() if e is not None]
+    caption = (
+        f"Means over {evaluation.rows:,} of {evaluation.given:,} images, with standard errors; seed {evaluation.seed}. "
+        "ELBO and IWAE are lower bounds of log p(x)."
+    )
+    return table(caption, ("number", "mean", "standard error"), rows)
+
+
+def _error(estimate: Estimate) -> str:
+    return "–" if math.isnan(estimate.se) else f"{estimate.se:.3f}"
+
+
+def _making(history: History, settings: Mapping[str, Any]) -> list[str]:
+    columns = ("epoch", "elbo", "reconstruction", "kl", "valid_elbo", "valid_iwae", "seconds")
+    last = history[-1:] if history else []
+    rows = [[f"{record[name]:.6g}" if name in record else "–" for name in columns] for record in last]
+    return [
+        table("The last epoch; nats per image.", [name.replace("_", " ") for name in columns], rows) if rows else "",
+        markup.pairs("Settings.", ("setting", "value"), settings) if settings else "",
+        markup.pairs("Versions where this page was written.", ("package", "version"), versions()),
+    ]
+
+
+# --- pictures
+
+
+def _reconstructions(vae: VAE, shape: tuple[int, int, int], x: Tensor) -> str:
+    z = vae.posterior(vae.encoder(x)).rsample_and_log_prob()[0]
+    mean = vae.likelihood.mean(vae.decoder(z))
+    rows = [part for pair in zip(x.split(COLUMNS), mean.split(COLUMNS), strict=True) for part in pair]
+    caption = "Images, and in the row below each its reconstruction: the mean of p(x|z) at a draw z of q(z|x)."
+    return _images(rows, shape, x, f"{len(x)} images, each above its reconstruction.", caption)
+
+
+def _samples(vae: VAE, shape: tuple[int, int, int], x: Tensor) -> str:
+    samples = vae.sample(SAMPLES)
+    caption = "Means of p(x|z) at draws z of the prior; not chosen."
+    return _images(samples.split(COLUMNS), shape, x, f"{SAMPLES} images that the model made up.", caption)
+
+
+def _images(rows: Sequence[Tensor], shape: tuple[int, int, int], like: Tensor, alt: str, caption: str) -> str:
+    """Rows of images, in the colours of ``like``'s values."""
+    picture = _shades(montage([row.cpu().float() for row in rows], shape), like)
+    width = WIDE[0]
+    size = (width, width * picture.shape[0] / picture.shape[1])
+
+    def draw(figure: Picture) -> None:
+        figure.set_layout_engine("none")  # the picture fills the figure
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        ax.set_axis_off()
+
+    return drawn(size, alt, caption, draw)
+
+
+def _shades(picture: np.ndarray, like: Tensor) -> np.ndarray:
+    """Values as shades from 0 to 1: as they are if ``like``'s are within that, else from the least to the greatest."""
+    low, high = (float(end) for end in like.aminmax())
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    return np.clip((picture - low) / max(high - low, 1e-12), 0, 1)
+
+
+def montage(rows: Sequence[Tensor], shape: tuple[int, int, int]) -> np.ndarray:
+    """Rows of images (n, C·H·W) as one picture (height, width), or (height, width, 3) for three channels; NaN between.
+
+    Of two, or of more than three channels the first is shown.
+    """
+    channels, height, width = shape
+    colours = 3 if channels == 3 else 1
+    columns = max(len(row) for row in rows)
+    picture = np.full((len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, colours), np.nan)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row.reshape(-1, *shape)[:, :colours].permute(0, 2, 3, 1).numpy()):
+            top, left = i * (height + GAP), j * (width + GAP)
+            picture[top : top + height, left : left + width] = image
+    return picture if colours == 3 else picture[..., 0]
+
+
+def _latent(vae: VAE, x: Tensor, evaluation: Evaluation) -> str:
+    """Posterior means of images in the two units that vary most over them."""
+    q = vae.posterior(vae.encoder(x))
+    means = sum(q.rsample_and_log_prob()[0] for _ in range(DRAWS)).cpu() / DRAWS
+    order = sorted(range(vae.latent), key=evaluation.activity.__getitem__, reverse=True)
+    first, second = order[0], order[min(1, vae.latent - 1)]
+
+    def draw(figure: Picture) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        left.plot(means[:, first], means[:, second], ".", ms=3, mew=0, alpha=0.5, color=TARGET, rasterized=True)
+        left.set(xlabel=f"E[z[{first}] | x]", ylabel=f"E[z[{second}] | x]", title=f"{len(x)} images")
+        _activity(right, evaluation)
+
+    alt = f"Posterior means of {len(x)} images in units {first} and {second}; the variance over images of each unit's."
+    caption = (
+        "Left: posterior means of images in the two units that vary most. Right: the variance over images of every "
+        f"unit's posterior mean; units above the line are active ({evaluation.active_units} of {vae.latent})."
+    )
+    return drawn((WIDE[0], 3.2), alt, caption, draw)
+
+
+def _activity(ax: Axes, evaluation: Evaluation) -> None:
+    values = np.sort(np.maximum(evaluation.activity, 1e-5))[::-1]
+    ax.semilogy(np.arange(1, len(values) + 1), values, ".", ms=5, color=TARGET)
+    ax.axhline(ACTIVE, color=DARK, lw=0.9, ls="--")
+    ax.set(xlabel="units, most active first", title="variance of E[z | x]")
+
+
+def _curves(history: History) -> str:
+    if not history:
+        return paragraph("No epochs were recorded.")
+    epoch = [record["epoch"] for record in history]
+    names = {"elbo": "training ELBO", "valid_elbo": "validation ELBO", "valid_iwae": "validation IWAE"}
+    colours = {"elbo": LIGHT, "valid_elbo": Q, "valid_iwae": TARGET, "reconstruction": DARK, "kl": Q}
+
+    def curve(ax: Axes, name: str, label: str) -> None:
+        values = [record.get(name, math.nan) for record in history]
+        ax.plot(epoch, values, color=colours[name], lw=1.2, marker="." if len(epoch) < 30 else None, label=label)
+
+    def draw(figure: Picture) -> None:
+        bounds, parts, kl = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+        for name, label in names.items():
+            curve(bounds, name, label)
+        curve(parts, "reconstruction", "")
+        curve(kl, "kl", "")
+        settled = [record.get(name, math.nan) for record in history[len(history) // 10 :] for name in names]
+        ends = [value for value in settled if math.isfinite(value)]
+        if ends:  # the first epochs may start anywhere
+            margin = 0.05 * (max(ends) - min(ends)) or 1.0
+            bounds.set_ylim(min(ends) - margin, max(ends) + margin)
+        bounds.legend(loc="lower right")
+        for ax, title in ((bounds, "bounds of log p(x)"), (parts, "reconstruction"), (kl, "KL")):
+            ax.set(xlabel="epoch", title=title)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        bounds.set_ylabel("nats per image")
+
+    last = history[-1]
+    alt = f"Learning curves of {len(history)} epochs; the last validation IWAE: {last.get('valid_iwae', math.nan):.2f}."
+    caption = "Nats per image after each epoch; training values are averages over the epoch, reconstruction and KL too."
+    return drawn((WIDE[0] * 1.35, 2.9), alt, caption, draw)
+
+
+def _khat(evaluation: Evaluation) -> str:
+    finite = [value for value in evaluation.khat if math.isfinite(value)]
+    if not finite:
+        return paragraph("Not judged.")
+    above = sum(value > LIMIT for value in evaluation.khat)
+
+    def draw(figure: Picture) -> None:
+        ax = figure.subplots()
+        ax.hist(finite, bins=min(30, max(5, len(finite) // 8)), color=TARGET, alpha=0.6, lw=0)
+        ax.axvline(LIMIT, color=DARK, lw=0.9, ls="--", label=rf"$\hat{{k}}$ = {LIMIT}")
+        ax.set(xlabel=r"$\hat{k}$ of an image's weights", ylabel="images")
+        ax.legend()
+
+    count = len(evaluation.khat)
+    alt = f"Histogram of k̂ of {count} images: median {np.median(finite):.2f}, {above} above {LIMIT}."
+    caption = (
+        f"k̂ of the weights p(x, z)/q(z|x) of {count} images, {evaluation.khat_draws:,} draws each: {above} are above "
+        f"{LIMIT}, where a bound by importance sampling is low by an unknown amount."
+    )
+    return drawn((WIDE[0], 2.8), alt, caption, draw)

@@ -1,0 +1,150 @@
+"""A VAE's training as files: the last two states and the best, each whole or not at all, and how to go on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..inference.checkpoint import replacing
+from .model import VAE, Architecture, build
+from .training import Options, State, begin
+
+FORMAT = 1
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+NAMES = (LAST, PREVIOUS, BEST)
+PLAIN = ("epoch", "step", "totals", "seconds", "bad", "history")  # of a state, as JSON
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint says of its run: the architecture, the options, and what the data was."""
+
+    architecture: Architecture
+    options: Options
+    data: dict[str, Any]
+
+
+def save(state: State, run: Run, folder: Path) -> Path:
+    """Write ``last``, which makes the one before it ``previous``; ``best`` too if the validation bound is the best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(state).items()}
+    header = {
+        "format": FORMAT,
+        "architecture": run.architecture.as_dict(),
+        "options": run.options.as_dict(),
+        "data": run.data,
+        **{name: getattr(state, name) for name in PLAIN},
+    }
+    header["digest"] = _digest(header, tensors)
+    last = folder / LAST
+    with replacing(last) as temporary:
+        save_file(tensors, temporary, metadata={"vi_flows_vae": json.dumps(header)})
+        if last.exists():
+            last.replace(folder / PREVIOUS)
+    if state.step == 0 and state.epoch == state.best[0]:
+        with replacing(folder / BEST) as temporary:
+            shutil.copyfile(last, temporary)
+    return last
+
+
+def resume(folder: Path) -> tuple[State, Run]:
+    """The last state that can be read (a crash may have left the one before), with the generators as they were."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink()
+    name = LAST if (folder / LAST).exists() else PREVIOUS
+    header, tensors = _read(folder / name)
+    run = _run(header, folder / name)
+    state = begin(build(run.architecture), run.options)
+    _load(state.vae, tensors, folder / name)
+    _load_optimizer(state.optimizer, tensors)
+    for key in PLAIN:
+        setattr(state, key, header[key])
+    torch.set_rng_state(tensors["rng"])
+    return state, run
+
+
+def clear(folder: Path) -> None:
+    """Remove a run's files."""
+    for name in NAMES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[VAE, Run, list[dict[str, float]]]:
+    """The VAE of a checkpoint (of a folder: the best), its run and history."""
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in (BEST, LAST, PREVIOUS) if (path / name).exists()), path / BEST)
+    header, tensors = _read(path)
+    run = _run(header, path)
+    with torch.random.fork_rng(devices=[]):
+        vae = build(run.architecture)
+    _load(vae, tensors, path)
+    return vae.eval(), run, header["history"]
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    tensors = {f"vae.{name}": value for name, value in state.vae.state_dict().items()}
+    for i, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    return tensors | {"rng": torch.get_rng_state()}
+
+
+def _load(vae: VAE, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        vae.load_state_dict({n.removeprefix("vae."): t for n, t in tensors.items() if n.startswith("vae.")})
+    except RuntimeError:
+        raise ValueError(f"checkpoint: expected the tensors of its architecture, got others in {path}") from None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    kept: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            kept.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file that is whole and of this version."""
+    if not path.exists():
+        raise ValueError(f"checkpoint: expected a folder that vae train has written, got none at {path}; train first")
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = json.loads((file.metadata() or {}).get("vi_flows_vae", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:
+        what = " ".join(str(error).split())[:100]
+        raise ValueError(f"checkpoint: expected a whole safetensors file, got {path} ({what}); use another") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"checkpoint: expected one of format {FORMAT}, got format {found} in {path}; train it again")
+    if header.pop("digest", None) != _digest(header, tensors):
+        raise ValueError(f"checkpoint: expected what was saved, got changed contents in {path}; use another")
+    return header, tensors
+
+
+def _run(header: dict[str, Any], path: Path) -> Run:
+    try:
+        architecture = header["architecture"] | {"shape": tuple(header["architecture"]["shape"])}
+        return Run(Architecture(**architecture), Options(**header["options"]), header["data"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: expected the settings of a VAE, got others in {path} ({error})") from None
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash of all contents, by which a changed file is told."""
+    found = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

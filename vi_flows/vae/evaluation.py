@@ -1,0 +1,220 @@
+"""What a trained VAE is worth on rows that it has not seen: bounds of log p(x), their errors, and what they miss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import whole
+from ..inference.checks import UNSEEN, tails
+from ..inference.posterior import seeded
+from ..inference.psis import khat
+from .bounds import CHUNK, blocks, bound, double, evaluating, log_mean
+from .model import VAE
+from .refine import refine
+
+__all__ = ["Estimate", "Evaluation", "bound", "evaluate"]
+ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016, sec. 5.2)
+LIMIT = 0.7  # of k̂
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over images with its standard error, which is that of other images and of other draws."""
+
+    value: float
+    se: float
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Estimate:
+        """Of numbers (N,); the error is NaN for a single row."""
+        return cls(float(rows.mean()), float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else math.nan)
+
+    def bits(self, dim: int, levels: int = 1) -> Estimate:
+        """Bits per dimension, −log₂ p(x)/dim, for a mean log p(x) in nats.
+
+        levels: 1 where p is a probability of levels; for a density of (k + u)/levels, u uniform on [0, 1), their
+        number: a level is 1/levels wide, and E_u log p(x) bounds the logarithm of its probability.
+        """
+        nats = dim * math.log(2)
+        return Estimate(-self.value / nats + math.log2(levels), self.se / nats)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.se:.3f}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found on ``rows`` of ``given`` rows, means per image in nats.
+
+    elbo, iwae: lower bounds of log p(x), from ``draws`` draws for each row. reconstruction, kl: E_q[log p(x|z)] and
+    KL(q(z|x)‖p(z)), whose difference is the ELBO.
+    khat: of the weights p(x, z)/q(z|x) of each image of a random subset, ``khat_draws`` draws each; unseen: the share
+    of p(x) that may lie beyond the largest of them (psis.hidden, at the upper limit of k̂).
+    activity: Var_x E_q[z] of each latent unit.
+    gap: by how much posteriors of their own raise the ELBO of ``gap_rows`` images; None if that was not asked for.
+    bits, elbo_bits: bits per dimension by IWAE and by the ELBO, None where pixels have no grey levels.
+    """
+
+    rows: int
+    given: int
+    draws: int
+    seed: int
+    elbo: Estimate
+    iwae: Estimate
+    reconstruction: Estimate
+    kl: Estimate
+    activity: tuple[float, ...]
+    khat_draws: int
+    khat: tuple[float, ...]
+    unseen: tuple[float, ...]
+    gap_rows: int
+    gap_steps: int
+    gap: Estimate | None
+    bits: Estimate | None
+    elbo_bits: Estimate | None
+
+    @property
+    def active_units(self) -> int:
+        return sum(value > ACTIVE for value in self.activity)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What was found, in words."""
+        each = "all" if self.rows == self.given else f"{self.rows:,} (chosen at random) of"
+        said = [
+            f"The log likelihood of an image is at least {self.iwae} nats on average over {each} {self.given:,} rows: "
+            f"IWAE-{self.draws} is a lower bound, and it is {self.iwae.value - self.elbo.value:.3f} above the ELBO.",
+            *self._of_weights(),
+            *self._of_gap(),
+            f"{self.active_units} of {len(self.activity)} latent units are active (Var_x E_q[z] > {ACTIVE}).",
+        ]
+        return said
+
+    def _of_weights(self) -> list[str]:
+        if not self.khat:
+            return []
+        count = len(self.khat)
+        high = sum(value > LIMIT for value in self.khat) / count
+        low = sum(value > UNSEEN for value in self.unseen) / count
+        of = f"of {count} images ({self.khat_draws:,} draws each)"
+        if high:
+            first = f"k̂ is above {LIMIT} for {high:.1%} {of}: their IWAE bounds are low by an unknown amount."
+        else:
+            first = f"k̂ is at most {LIMIT} for all {of}: importance weights correct q(z|x)."
+        tails = f"weights beyond those drawn may carry more than {UNSEEN:.0%} of p(x)"
+        return [first, f"For {low:.1%} of them {tails}." if low else f"For none of them {tails}."]
+
+    def _of_gap(self) -> list[str]:
+        if self.gap is None:
+            return []
+        how = f"A posterior of its own for each of {self.gap_rows} images ({self.gap_steps} steps, decoder frozen)"
+        if self.gap.value > 2 * self.gap.se:
+            return [f"{how} raises the ELBO by {self.gap} nats: at least that much is lost to amortisation."]
+        return [f"{how} does not raise the ELBO measurably ({self.gap} nats): no amortisation gap was seen."]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"active_units": self.active_units, "sentences": self.sentences}
+
+
+def evaluate(
+    vae: VAE,
+    x: Tensor,
+    draws: int = 100,
+    seed: int = 0,
+    *,
+    max_rows: int | None = None,
+    khat_rows: int = 200,
+    khat_draws: int = 1000,
+    refine_rows: int = 40,
+    refine_steps: int = 400,
+    dequantised: int | None = None,
+    chunk: int = CHUNK,
+) -> Evaluation:
+    """Judge a VAE on rows x (N, dim) that it was not trained on.
+
+    The rows are put in random order first, so that the first ``max_rows`` of a file that is sorted by class stand for
+    all. The result depends on ``seed`` alone; the generators, and each part's train or eval mode, stay as they were.
+
+    Parameters
+    ----------
+    draws: K, at least 2, of q(z|x) for each row.
+    max_rows: how many rows are used; None: all.
+    khat_rows, khat_draws: images whose weights' tails are judged, 0 for none, and draws for each.
+    refine_rows, refine_steps: images whose posterior is refined for the amortisation gap, 0 for none, and Adam's steps.
+    dequantised: levels of x = (k + u)/levels under a likelihood that is a density, for bits per dimension.
+    chunk: draws that are decoded at once.
+
+    Raises
+    ------
+    ValueError for values that the likelihood does not have, and for other counts.
+    """
+    for name, value, least in (
+        ("draws", draws, 2),
+        ("max_rows", len(x) if max_rows is None else max_rows, 1),
+        ("khat_rows", khat_rows, 0),
+        ("khat_draws", khat_draws, 100),
+        ("refine_rows", refine_rows, 0),
+        ("refine_steps", refine_steps, 1),
+        ("dequantised", dequantised or 2, 2),
+    ):
+        whole(name, value, least)
+    vae.likelihood.check(x, "x")
+    given, x = len(x), x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_rows]]
+    numbers, activity = _bounds(vae, x, draws, seed, chunk)
+    shapes, unseen = _tails(vae, x[:khat_rows], khat_draws, seed + 1, chunk)
+    levels = 1 if vae.likelihood.levels not in (None, 2) else dequantised
+    return Evaluation(
+        rows=len(x),
+        given=given,
+        draws=draws,
+        seed=seed,
+        **numbers,
+        activity=activity,
+        khat_draws=khat_draws,
+        khat=shapes,
+        unseen=unseen,
+        gap_rows=len(x[:refine_rows]),
+        gap_steps=refine_steps,
+        gap=_gap(vae, x[:refine_rows], refine_steps, seed + 2, chunk) if refine_rows else None,
+        bits=numbers["iwae"].bits(x.shape[1], levels) if levels else None,
+        elbo_bits=numbers["elbo"].bits(x.shape[1], levels) if levels else None,
+    )
+
+
+def _bounds(vae: VAE, x: Tensor, draws: int, seed: int, chunk: int) -> tuple[dict[str, Estimate], tuple[float, ...]]:
+    """Estimates by name, and Var_x E_q[z] of each unit: the variance of means of draws, less what so few draws add."""
+    parts = []
+    with evaluating(vae), seeded(seed):
+        for terms in blocks(vae, x, draws, chunk):
+            log_w, likelihood, z = double(terms.log_w), double(terms.log_likelihood), double(terms.z)
+            rows = {"elbo": log_w.mean(0), "iwae": log_mean(log_w), "reconstruction": likelihood.mean(0)}
+            rows["kl"] = rows["reconstruction"] - rows["elbo"]
+            parts.append(rows | {"mean": z.mean(0), "noise": z.var(0) / draws})
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    noise, mean = found.pop("noise").mean(0), found.pop("mean")
+    activity = (mean.var(0) - noise).clamp_min(0.0) if len(x) > 1 else torch.zeros_like(noise)
+    return {name: Estimate.of(rows) for name, rows in found.items()}, tuple(activity.tolist())
+
+
+def _tails(vae: VAE, x: Tensor, draws: int, seed: int, chunk: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """k̂ of each row's weights, and the share of their sum that may lie beyond the largest."""
+    shapes, unseen = [], []
+    with evaluating(vae), seeded(seed):
+        for terms in blocks(vae, x, draws, chunk) if len(x) else ():
+            for log_w in double(terms.log_w).unbind(1):
+                shapes.append(khat(log_w))
+                unseen.append(min(tails(log_w).statistic, 1.0))
+    return tuple(shapes), tuple(unseen)
+
+
+def _gap(vae: VAE, x: Tensor, steps: int, seed: int, chunk: int, draws: int = 1000) -> Estimate:
+    """E_x[ELBO of the row's own posterior − ELBO of q(z|x)], from the same fresh noise."""
+    refined = refine(vae, x, steps=steps, seed=seed)
+    own, amortised = refined.bound(draws, seed + 1, chunk)[0], bound(vae, x, draws, seed + 1, chunk)[0]
+    return Estimate.of(own - amortised)
