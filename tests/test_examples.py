@@ -42,11 +42,19 @@ def run(script: str, *arguments: str, timeout: float = 120) -> subprocess.Comple
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
-    [("eight_schools.py", ["theta[7]", "verdict:", "first school"]), ("energy.py", ["means", "log Z", "verdict:"])],
+    ("command", "words"),
+    [
+        (["eight_schools.py"], ["theta[7]", "verdict:", "first school"]),
+        (["energy.py"], ["means", "log Z", "verdict:"]),
+        (["flow_vae.py", "--epochs", "2", "--posterior", "diagonal", "planar"], ["179 test images", "planar", "IWAE"]),
+        (
+            ["benchmarks/vae_steps.py", "--rounds", "1", "--only", "planar,iaf"],
+            ["Pyro planar-4", "iaf", "times Pyro's"],
+        ),
+    ],
 )
-def test_example_runs(script, words):
-    done = run(script)
+def test_example_runs(command, words):
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in words)
 

@@ -24,6 +24,8 @@ from vi_flows.vae.data import load
 from vi_flows.vae.model import Architecture, build
 from vi_flows.vae.training import Options, begin, kl_weight, learning_rate, parameter_groups, train
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -190,7 +192,7 @@ def test_killed_at_any_moment(data, tmp_path, kills):
         run.wait()
         arguments = [sys.executable, "-m", "vi_flows", "vae", "train", "--out", str(out), "--no-progress", "--resume"]
         assert header(out / "last.safetensors")["epoch"] >= 1
-    assert subprocess.run(arguments, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True).returncode == 0
+    assert subprocess.run(arguments, env=ONE_THREAD, check=True).returncode == 0
     whole, killed = (header(p / "last.safetensors")["history"] for p in (tmp_path / "whole", out))
     assert [record["elbo"] for record in whole] == [record["elbo"] for record in killed]
 
@@ -204,3 +206,25 @@ def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 143 and "--resume" in said
     assert checkpoint.resume(tmp_path / "run")[0].epoch >= 1
+
+
+def test_two_processes_are_as_one(data, tmp_path):
+    """The same losses, rounding apart, from batches shared out (the last one unevenly), as from one process."""
+    more = ("--free-bits", "0.5", "--batch", "29")
+    assert main(command(data, tmp_path / "one", *more)) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vi_flows"]
+    subprocess.run([*torchrun, *command(data, tmp_path / "two", *more)], env=ONE_THREAD, check=True, timeout=120)
+    one, two = (header(tmp_path / name / "last.safetensors")["history"] for name in ("one", "two"))
+    assert [r["elbo"] for r in one] == pytest.approx([r["elbo"] for r in two], abs=1e-4)
+    assert [r["valid_iwae"] for r in one] == pytest.approx([r["valid_iwae"] for r in two], abs=0.3)
+
+
+def test_evaluated_and_sampled_from_the_command_line(data, tmp_path):
+    out = tmp_path / "run"
+    assert main(command(data, out)) == 0
+    assert main(["vae", "evaluate", str(out), "--draws", "20", "--rows", "20", "--json"]) == 0
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["rows"] == 20 and found["iwae"]["value"] >= found["elbo"]["value"]
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert main(["vae", "sample", str(out), "-n", "5", "--out", str(tmp_path / "x.npy")]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (5, 1, 4, 4)

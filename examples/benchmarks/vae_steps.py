@@ -62,6 +62,16 @@ class PyroVAE(nn.Module):
             pyro.sample("z", q)
 
 
+class PlanarHead(nn.Linear):
+    """A planar layer's bias, u and w as linear maps of the context."""
+
+    def __init__(self):
+        super().__init__(CONTEXT, 1 + 2 * LATENT)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(h).split([1, LATENT, LATENT], -1)
+
+
 def pyro_step(x: Tensor, transform: Callable[[], nn.Module] | None = None) -> Callable[[], float]:
     vae = PyroVAE(transform)
     pyro.clear_param_store()
@@ -98,7 +108,7 @@ def our_step(x: Tensor, posterior: str) -> Callable[[], None]:
 def contestants(x: Tensor) -> dict[str, Callable[[], Callable]]:
     peers = {
         "Pyro Gaussian": lambda: pyro_step(x),
-        "Pyro planar-4": lambda: pyro_step(x, lambda: dist.transforms.conditional_planar(LATENT, CONTEXT, [])),
+        "Pyro planar-4": lambda: pyro_step(x, lambda: dist.transforms.ConditionalPlanar(PlanarHead())),
         "Pyro IAF-4": lambda: pyro_step(
             x, lambda: dist.transforms.conditional_affine_autoregressive(LATENT, CONTEXT, hidden_dims=[320])
         ),
