@@ -33,7 +33,8 @@ PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
 MANY_DIMS = 100  # up to which further starts are made
 DENSE_DIMS = 300  # up to which paths keep dense inverse Hessians
-WAVES = 5  # of starts around the optima found, as long as they find new ones
+WAVES = 6  # of starts around the optima found, as long as they find new ones
+ENOUGH = 2  # of them in a row that find nothing, where there are several optima: a mode may attract 1 % of starts
 AROUND = 1.5  # times the spread of the optima, of candidates around them
 CANDIDATES = 2048
 FARTHEST = 30.0
@@ -124,11 +125,12 @@ def _located_large(target: Target, starts: Tensor) -> Located:
 
 
 def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussians, Tensor, Gaussians]:
-    """The optima, with those that further starts find, wave by wave, until one finds none that matters; their masses;
-    and where the last wave ended, which adds no optima, so that it tells how complete they are."""
+    """The optima, with those that further starts find, wave by wave, until one (``ENOUGH`` of several modes) finds none
+    that matters; their masses; and where the last wave ended, which adds no optima, so that it tells how complete they
+    are."""
     dim = optima.loc.shape[1]
     waves = WAVES if dim <= FEW_DIMS else 2 if dim <= MANY_DIMS else 0
-    probes = optima.pick([])
+    probes, empty = optima.pick([]), 0
     for k in range(waves):
         ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
         rows, index = from_covariance(ends.x, ends.inverse_hessian, FRESH)
@@ -137,9 +139,14 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
         probes = join([rows, new])
         every, mass = join([optima, new]), torch.cat([masses, new_masses])
         kept = distinct(every, mass, limit=modes_kept(dim))
-        if k == waves - 1 or not any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept):
+        if any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept):
+            empty = 0
+        else:
+            empty += 1
+        if k == waves - 1 or empty == (ENOUGH if len(optima) > 1 else 1):
             break
-        optima, masses = every.pick(kept), mass[kept]
+        if not empty:
+            optima, masses = every.pick(kept), mass[kept]
     return optima, masses, probes
 
 

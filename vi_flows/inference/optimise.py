@@ -95,9 +95,9 @@ def bfgs_paths(
 ) -> tuple[Iterates, Iterates]:
     """Maximise log p from each start (N, dim) by BFGS; returns the ends and a thinned record of the paths.
 
-    A path stops when the gain that the local quadratic promises, ½ gᵀHg (in nats, whatever the scaling), is below
-    ``tolerance``, when its line search fails, or, with ``prune``, when it is in the worse half of those going after
-    every 20 iterations.
+    A path stops when its gain, and that which the local quadratic promises, ½ gᵀHg (in nats, whatever the scaling), are
+    below ``tolerance``, when its line search fails, or, with ``prune``, when it is in the worse half of those going
+    after every 20 iterations.
     Points are recorded at iterations about 1.3 times apart.
     """
     value, grad = value_and_grad(target, starts)
@@ -135,7 +135,9 @@ def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> t
     rho = torch.where(curved, 1 / torch.where(curved, sy, 1.0), 0.0)[:, None, None]
     left = torch.eye(x.shape[1], dtype=x.dtype, device=x.device) - rho * s[:, :, None] * y[:, None, :]
     h = left @ h @ left.mT + rho * s[:, :, None] * s[:, None, :]
-    going = found & (slope / 2 > tolerance)
+    going = found & (
+        (slope / 2 > tolerance) | (value - at.value > tolerance)
+    )  # a curvature far off promises too little
     return Iterates(x, value, grad, (h + h.mT) / 2, at.path), going
 
 
