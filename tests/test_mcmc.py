@@ -122,7 +122,7 @@ def test_model_with_names():
 def test_chains_that_cannot_move_between_modes():
     target = vf.LogDensity(two_modes, dim=2)
     fitted = vf.fit(target, flow="gaussian", steps=20, progress=False)
-    result = fitted.mcmc(chains=4, draws=100, warmup=50)
+    result = fitted.mcmc(chains=4, draws=100, warmup=50, seed=1)
     assert result.verdict.status == "unreliable"
     assert any("cannot move between modes" in reason for reason in result.verdict.reasons)
     starts = result.proposal.x.reshape(4, 100, 2)[:, 0, 0]

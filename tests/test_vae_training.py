@@ -212,7 +212,7 @@ def test_two_processes_are_as_one(data, tmp_path):
     """The same losses, rounding apart, from batches shared out (the last one unevenly), as from one process."""
     more = ("--free-bits", "0.5", "--batch", "29")
     assert main(command(data, tmp_path / "one", *more)) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vi_flows"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vi_flows"]
     subprocess.run([*torchrun, *command(data, tmp_path / "two", *more)], env=ONE_THREAD, check=True, timeout=120)
     one, two = (header(tmp_path / name / "last.safetensors")["history"] for name in ("one", "two"))
     assert [r["elbo"] for r in one] == pytest.approx([r["elbo"] for r in two], abs=1e-4)

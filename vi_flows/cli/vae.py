@@ -83,14 +83,15 @@ def train_command(
 ) -> None:
     """Train; the last two states and the best are kept in DIR, and --resume goes on from there."""
     given = {name.rstrip("_"): value for name, value in context.params.items()}
-    with torch_threads(threads or torch.get_num_threads()), workers() as processes:
+    with workers() as processes:
         if resume:
             _refuse_others(context)
             state, run, images = _resumed(out, epochs)
         else:
             state, run, images = _begun(given, out, overwrite)
         _move(state, device)
-        finished = _trained(state, run, images, out, not no_progress, processes)
+        with torch_threads(threads or run.data["threads"]):  # another number would round otherwise
+            finished = _trained(state, run, images, out, not no_progress, processes)
         if processes.first:
             _say(state, out, finished)
     if not finished:
@@ -176,6 +177,7 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     vae = build(architecture)
     vae.likelihood.check(images.values(images.train[:1000], training=True), "--data")
     data = {"source": given["data"], "options": asked, "fingerprint": _fingerprint(images)}
+    data["threads"] = given["threads"] or torch.get_num_threads()
     if overwrite:
         checkpoint.clear(out)
     return begin(vae, options), Run(architecture, options, data), images

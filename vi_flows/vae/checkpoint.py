@@ -46,14 +46,18 @@ def save(state: State, run: Run, folder: Path) -> Path:
     }
     header["digest"] = _digest(header, tensors)
     last = folder / LAST
+    if last.exists():
+        _copy(last, folder / PREVIOUS)
     with replacing(last) as temporary:
         save_file(tensors, temporary, metadata={"vi_flows_vae": json.dumps(header)})
-        if last.exists():
-            last.replace(folder / PREVIOUS)
     if state.step == 0 and state.epoch == state.best[0]:
-        with replacing(folder / BEST) as temporary:
-            shutil.copyfile(last, temporary)
+        _copy(last, folder / BEST)
     return last
+
+
+def _copy(source: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def resume(folder: Path) -> tuple[State, Run]:
