@@ -208,6 +208,7 @@ def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
     assert checkpoint.resume(tmp_path / "run")[0].epoch >= 1
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(data, tmp_path):
     """The same losses, rounding apart, from batches shared out (the last one unevenly), as from one process."""
     more = ("--free-bits", "0.5", "--batch", "29")

@@ -67,6 +67,7 @@ def workers() -> Iterator[Workers]:
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # none leaves while another still listens to it
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "NCCL" not in str(error):
             raise
