@@ -42,40 +42,42 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (a GPU
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
 
 
-def _one_of(names: Any) -> str:
-    return ", ".join(names)
-
-
 @app.command("train")
 def train_command(
     context: typer.Context,
     data: Annotated[str, typer.Option(metavar="PATH|digits", help=".npz, .npy, IDX files, or digits.")] = "digits",
-    posterior: Annotated[str, typer.Option(metavar="NAME", help=_one_of(POSTERIORS))] = "sylvester",
+    posterior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(POSTERIORS))] = "sylvester",
     latent: Annotated[int, typer.Option(help="Size of z.")] = 64,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (20).")] = None,
     batch: Annotated[int, typer.Option(help="Rows in a step.")] = 100,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, settings, history go here.")] = Path("vae"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, with settings and history, go here.")] = Path(
+        "vae"
+    ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR; other options are then DIR's.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a DIR that has a run.")] = False,
-    network: Annotated[str, typer.Option(metavar="NAME", help=_one_of(NETWORKS))] = "mlp",
-    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=_one_of(LIKELIHOODS))] = None,
+    network: Annotated[str, typer.Option(metavar="NAME", help=", ".join(NETWORKS))] = "mlp",
+    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS))] = None,
     layers: Annotated[int | None, typer.Option(help="Of the flow.")] = None,
-    prior: Annotated[str, typer.Option(metavar="NAME", help=_one_of(PRIORS))] = "normal",
-    binarise: Annotated[str | None, typer.Option(metavar="NAME", help=_one_of(BINARISE) + " (digits: dynamic)")] = None,
+    prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIORS))] = "normal",
+    binarise: Annotated[
+        str | None, typer.Option(metavar="NAME", help=", ".join(BINARISE) + " (digits: dynamic)")
+    ] = None,
     dequantise: Annotated[bool, typer.Option("--dequantise", help="Add uniform noise to bytes.")] = False,
-    objective: Annotated[str, typer.Option(metavar="NAME", help=_one_of(OBJECTIVES))] = "elbo",
+    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = "elbo",
     draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row in training.")] = 1,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=_one_of(OPTIMIZERS))] = "adam",
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(metavar="NAME", help=_one_of(SCHEDULES))] = "constant",
+    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = "constant",
     warm_up: Annotated[int, typer.Option(help="Epochs over which the KL's weight rises to 1.")] = 0,
     beta: Annotated[float, typer.Option(help="The KL's weight after that.")] = 1.0,
     free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = 0,
     valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = 10,
-    precision: Annotated[str, typer.Option(metavar="NAME", help=_one_of(PRECISIONS) + " (bfloat16 on a GPU)")] = "full",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help=", ".join(PRECISIONS) + " (bfloat16 on a GPU)")
+    ] = "full",
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = False,
     threads: Threads = None,
     device: Device = None,
@@ -114,7 +116,7 @@ def evaluate_command(
     from ..vae.evaluation import evaluate
 
     vae, run, history = checkpoint.load(_existing(folder))
-    images = _images(data or run.data["source"], run.data["options"])
+    images = load(data or run.data["source"], **run.data["options"])
     if images.shape != run.architecture.shape:
         raise ValueError(
             f"--data: expected images {run.architecture.shape}, got {images.shape}; pass those of training"
@@ -161,7 +163,7 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
     binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
     asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
-    images = _images(given["data"], asked)
+    images = load(given["data"], **asked)
     architecture = Architecture(
         shape=images.shape,
         latent=given["latent"],
@@ -187,7 +189,7 @@ def _resumed(out: Path, epochs: int | None) -> tuple[State, Run, Images]:
     state, run = checkpoint.resume(_existing(out))
     if epochs is not None:
         run = dataclasses.replace(run, options=dataclasses.replace(run.options, epochs=epochs))
-    images = _images(run.data["source"], run.data["options"])
+    images = load(run.data["source"], **run.data["options"])
     if _fingerprint(images) != run.data["fingerprint"]:
         raise ValueError(f"--data: expected what {out} was trained on, got other values; put them back, or --overwrite")
     return state, run, images
@@ -263,10 +265,6 @@ def _say(state: State, out: Path, finished: bool) -> None:
     epoch, best = state.best
     print(f"{state.epoch} epochs in {state.seconds:.0f} s; best validation bound {best:.2f} nats, in epoch {epoch}")
     print(f"evaluate it by: vi-flows vae evaluate {out}")
-
-
-def _images(source: str, options: dict[str, Any]) -> Images:
-    return load(source, **options)
 
 
 def _fingerprint(images: Images) -> str:

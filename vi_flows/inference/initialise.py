@@ -139,13 +139,11 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
         probes = join([rows, new])
         every, mass = join([optima, new]), torch.cat([masses, new_masses])
         kept = distinct(every, mass, limit=modes_kept(dim))
-        if any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept):
-            empty = 0
-        else:
-            empty += 1
+        matters = any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept)
+        empty = 0 if matters else empty + 1
         if k == waves - 1 or empty == (ENOUGH if len(optima) > 1 else 1):
             break
-        if not empty:
+        if matters:
             optima, masses = every.pick(kept), mass[kept]
     return optima, masses, probes
 

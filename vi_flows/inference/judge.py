@@ -173,7 +173,7 @@ def _claimed(checks: list[Check]) -> bool:
 def _evidence_se(pooled: Weights, checks: list[Check]) -> float:
     """The Monte-Carlo error of log Ẑ, and with it half of the share of Z that weights beyond those drawn may carry.
 
-    Ẑ is low by what they carry: with k̂ = .6 by four standard errors in three of three fits of a 32-dimensional target.
+    What they carry Ẑ lacks; what lies where m has next to no draws, a neck as thin as it is long, shows in neither.
     """
     tails = next(check.statistic for check in checks if check.name == "tails")
     return math.hypot(log_mean_se(pooled.log_w), min(tails, 1.0) / 2)

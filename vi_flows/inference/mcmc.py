@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from . import independence, neutra
 from .annealing import Path, resample_along
 from .checks import (
@@ -86,8 +86,7 @@ def mcmc(
 def _check(
     posterior: Posterior, method: str, chains: int, draws: int | None, warmup: int | None, threads: int | None
 ) -> None:
-    if method not in (*HAMILTONIAN, *INDEPENDENT):
-        raise ValueError(f"method: expected one of {', '.join((*HAMILTONIAN, *INDEPENDENT))}, got {method!r}")
+    one_of("method", method, (*HAMILTONIAN, *INDEPENDENT))
     if posterior.target is None:
         raise ValueError("mcmc: this posterior has no target; load it with vf.load(path, target=...)")
     for name, value, least in (("chains", chains, 2), ("draws", draws, 100), ("warmup", warmup, 50)):

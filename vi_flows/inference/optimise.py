@@ -135,9 +135,8 @@ def _bfgs_step(target: Target, at: Iterates, tolerance: float, first: bool) -> t
     rho = torch.where(curved, 1 / torch.where(curved, sy, 1.0), 0.0)[:, None, None]
     left = torch.eye(x.shape[1], dtype=x.dtype, device=x.device) - rho * s[:, :, None] * y[:, None, :]
     h = left @ h @ left.mT + rho * s[:, :, None] * s[:, None, :]
-    going = found & (
-        (slope / 2 > tolerance) | (value - at.value > tolerance)
-    )  # a curvature far off promises too little
+    gain = torch.maximum(slope / 2, value - at.value)  # where the curvature is far off it promises too little
+    going = found & (gain > tolerance)
     return Iterates(x, value, grad, (h + h.mT) / 2, at.path), going
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from ..arguments import one_of
 from ..inference.posterior import Posterior
 from . import panels
 from .panels import COLUMNS, Quantities, quantities
@@ -68,8 +69,7 @@ def plot(
     ValueError for an unknown kind or name, for "density" without two coordinates and a target, and if there are no
     draws because a model was loaded without its target.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}; a file name goes in path=")
+    one_of("kind", kind, KINDS, "a file name goes in path=")
     if var_names is not None and kind in ("trace", "weights", "density"):
         raise ValueError(f"var_names: expected None with kind {kind!r}, got {var_names!r}; it draws no quantities")
     if kind == "density" and (why := panels.no_density(posterior)):

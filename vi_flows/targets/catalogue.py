@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from .known import Box, KnownDensity, cells, grid_draws, normal, uniform
 
 LOG_2PI = math.log(2 * math.pi)
@@ -275,8 +275,7 @@ def get(name: str, data: str | Path | None = None) -> KnownDensity:
 
     Raises ValueError for an unknown name, for data missing and for data not needed.
     """
-    if name not in DENSITIES:
-        raise ValueError(f"name: expected one of {', '.join(DENSITIES)}, got {name!r}")
+    one_of("name", name, DENSITIES)
     if needs_data(name) != (data is not None):
         got = "none; it is the posterior of data that are not part of vi_flows" if data is None else f"{data}; drop it"
         raise ValueError(f"data: expected {'a folder' if data is None else 'none'} for {name!r}, got {got}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from ..flows import recipes
 from ..flows.bases import Base, Mixture, StandardNormal, StudentT
 from ..flows.bijection import Bijection, Layer
@@ -94,8 +94,7 @@ def synthetic(kind: str, seed: int, dim: int | None = None) -> SyntheticTarget:
     kind: "normal", "student", "mixture", "funnel" or "banana". dim: drawn from 1 (funnel and banana: 2) to 20 unless
     given. The target depends on (kind, seed, dim) alone. Raises ValueError for an unknown kind or a dim too small.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    one_of("kind", kind, KINDS)
     make, least = KINDS[kind]
     if dim is not None:
         whole("dim", dim, least, f"less is too few for kind {kind!r}")

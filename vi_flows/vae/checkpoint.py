@@ -61,7 +61,7 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def resume(folder: Path) -> tuple[State, Run]:
-    """The last state that can be read (a crash may have left the one before), with the generators as they were."""
+    """The state of ``last``, or, where that was removed, of ``previous``, with the generators as they were."""
     for stale in folder.glob(".*.tmp"):
         stale.unlink()
     name = LAST if (folder / LAST).exists() else PREVIOUS
@@ -73,6 +73,8 @@ def resume(folder: Path) -> tuple[State, Run]:
     for key in PLAIN:
         setattr(state, key, header[key])
     torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state, run
 
 
@@ -99,6 +101,8 @@ def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {f"vae.{name}": value for name, value in state.vae.state_dict().items()}
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    if state.vae.posterior.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return tensors | {"rng": torch.get_rng_state()}
 
 
@@ -128,12 +132,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:
         what = " ".join(str(error).split())[:100]
-        raise ValueError(f"checkpoint: expected a whole safetensors file, got {path} ({what}); use another") from None
+        raise ValueError(
+            f"checkpoint: expected a whole safetensors file, got {path} ({what}); remove it to use the one before"
+        ) from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
         raise ValueError(f"checkpoint: expected one of format {FORMAT}, got format {found} in {path}; train it again")
     if header.pop("digest", None) != _digest(header, tensors):
-        raise ValueError(f"checkpoint: expected what was saved, got changed contents in {path}; use another")
+        raise ValueError(
+            f"checkpoint: expected what was saved, got changed contents in {path}; remove it to use the one before"
+        )
     return header, tensors
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from .files import SPLITS, by, digits, read, refuse
 
 Shape = tuple[int, int, int]
@@ -128,8 +128,7 @@ def load(
 
 
 def _check_options(binarise: str, dequantise: bool, seed: int) -> None:
-    if binarise not in BINARISE:
-        raise ValueError(f"binarise: expected one of {', '.join(BINARISE)}, got {binarise!r}")
+    one_of("binarise", binarise, BINARISE)
     if dequantise and binarise != "none":
         raise ValueError(f"dequantise: expected no binarisation beside it, got {binarise}; choose one of the two")
     whole("seed", seed, 0)

@@ -22,8 +22,8 @@ PATIENCE = timedelta(seconds=90)  # that a process waits for the others
 class Workers:
     """The processes of a job: how many, and which this one is; a job of one needs no torch.distributed."""
 
-    def __init__(self, rank: int = 0, count: int = 1):
-        self.rank, self.count = rank, count
+    def __init__(self, rank: int = 0, count: int = 1, device: str = "cpu"):
+        self.rank, self.count, self.device = rank, count, device  # device: where sums are taken
 
     @property
     def first(self) -> bool:
@@ -37,9 +37,11 @@ class Workers:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes."""
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values
+        if self.count == 1:
+            return values
+        shared = values.to(self.device, copy=True)
+        dist.all_reduce(shared)
+        return shared.to(values.device)
 
     def gathered(self, rows: Tensor, size: int) -> Tensor:
         """The rows (size,) of which each process has its :meth:`share`, in their order."""
@@ -56,17 +58,17 @@ class Workers:
 def workers() -> Iterator[Workers]:
     """The processes that torchrun has started, or this one alone.
 
-    Raises RuntimeError, in one line, where another process has ended or does not answer.
+    Raises LostWorker, in one line, where another process has ended or does not answer.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Workers()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    backend, device = ("nccl", "cuda") if torch.cuda.is_available() else ("gloo", "cpu")
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield Workers(dist.get_rank(), dist.get_world_size())
+        yield Workers(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # none leaves while another still listens to it
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "NCCL" not in str(error):

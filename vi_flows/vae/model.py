@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from ..flows import recipes
 from ..flows.distribution import Flow
 from .likelihoods import LIKELIHOODS, Likelihood
@@ -79,7 +79,7 @@ class VAE(nn.Module):
             raise ValueError(f"prior: expected a flow of dim {posterior.dim} without context, got {given}")
         self.encoder, self.posterior, self.decoder = encoder, posterior, decoder
         self.likelihood, self.prior = likelihood, prior
-        self.mixed = False  # networks in bfloat16, where on a GPU
+        self.mixed = False  # networks in bfloat16
 
     @property
     def latent(self) -> int:
@@ -104,7 +104,7 @@ class VAE(nn.Module):
         return Terms(z, self.likelihood.log_prob(raw.to(z.dtype), x), self.prior().log_prob(z), log_q)
 
     def _networks(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed and x.is_cuda)
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed)
 
     def model(self, x: Tensor) -> Tensor:
         """The Pyro model of rows x (N, dim): sites z and x."""
@@ -179,8 +179,7 @@ class Architecture:
             ("posterior", POSTERIORS),
             ("prior", PRIORS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(name, getattr(self, name), known)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

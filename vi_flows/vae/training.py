@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import whole
+from ..arguments import one_of, whole
 from ..flows.parameters import Parametric
 from ..inference.training import DivergedError
 from .bounds import bound
@@ -80,8 +80,7 @@ class Options:
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(name, getattr(self, name), known)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +102,7 @@ class Loss(nn.Module):
         value = self.objective(terms, beta).sum() / rows
         if self.free_bits:
             kl = (terms.log_q - terms.log_prior).mean(0).sum() / rows
-            free = self.processes.total(kl.detach().clone()) < self.free_bits
+            free = self.processes.total(kl.detach()) < self.free_bits
             value = value + beta * torch.where(free, kl - self.free_bits / count, 0.0)
         return -value * count, sums(terms)  # gradients are averaged over processes: the sum over them is meant
 
@@ -170,6 +169,8 @@ def train(
     """
     steps = math.ceil(len(images.train) / options.batch)
     processes = processes or Workers()
+    if options.precision == "mixed" and state.vae.posterior.device.type != "cuda":
+        raise ValueError(f'precision: expected "full" on {state.vae.posterior.device}, got "mixed", which needs a GPU')
     if options.compile:
         state.vae.encoder.compile()
         state.vae.decoder.compile()
