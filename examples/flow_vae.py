@@ -20,6 +20,7 @@ from vi_flows.vae import VAE, load
 from vi_flows.vae.bounds import bound
 from vi_flows.vae.likelihoods import Bernoulli
 from vi_flows.vae.networks import mlp
+from vi_flows.vae.training import parameter_groups
 
 LATENT, HIDDEN, BATCH = 16, 200, 100
 
@@ -45,10 +46,7 @@ def make(posterior: str, images) -> VAE:
 
 def train(vae: VAE, images, epochs: int, warm_up: int) -> None:
     """Adam on E_q[log p(x|z) + β (log p(z) − log q(z|x))], β rising to 1 while latents are taken into use."""
-    heads = [p for p in vae.posterior.parameters() if p.dim() == 2]  # act divided by √context: learn that much faster
-    others = [p for p in vae.parameters() if p.dim() != 2 or all(p is not head for head in heads)]
-    groups = [{"params": others}, *({"params": [p], "lr": 1e-3 * math.sqrt(p.shape[1])} for p in heads)]
-    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    optimizer = torch.optim.Adam(parameter_groups(vae, 1e-3))  # the flow's weights have rates of their own
     for epoch in range(epochs):
         beta = min((epoch + 1) / warm_up, 1.0)
         for index in torch.randperm(len(images.train)).split(BATCH):

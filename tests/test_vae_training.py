@@ -38,9 +38,9 @@ def data(tmp_path_factory):
     return path
 
 
-def start(data, **options):
+def start(data, posterior="planar", **options):
     images, options = load(data), Options(**{"epochs": 3, "batch": 30, **options})
-    architecture = Architecture(images.shape, latent=2, posterior="planar", network_options={"hidden": [10, 8]})
+    architecture = Architecture(images.shape, latent=2, posterior=posterior, network_options={"hidden": [10, 8]})
     torch.manual_seed(options.seed)
     return begin(build(architecture), options), images, Run(architecture, options, {})
 
@@ -82,15 +82,24 @@ def test_schedules():
 
 def test_free_bits_leave_kl_alone_below_them(data):
     """Without a price the KL stays near what it is free to be; at full price it falls to nearly nothing here."""
-    free = ran(data, epochs=30, free_bits=3.0, lr=1e-2).history[-1]["kl"]
-    assert free > 1.5
+    free, priced = (ran(data, epochs=30, free_bits=bits, lr=1e-2).history[-1]["kl"] for bits in (3.0, 0.0))
+    assert free > 1.5 and priced < 0.5
 
 
-def test_heads_learn_at_the_rate_of_an_ordinary_linear_layer(data):
-    state, _, _ = start(data)
-    groups = parameter_groups(state.vae, 0.1)
-    assert [group["factor"] for group in groups] == [1.0, 8**0.5] and groups[1]["lr"] == pytest.approx(0.1 * 8**0.5)
-    assert sum(len(group["params"]) for group in groups) == len(list(state.vae.parameters()))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_mixed_precision_needs_a_gpu(data):
+    with pytest.raises(ValueError, match='precision: expected "full" on cpu'):
+        ran(data, precision="mixed")
+
+
+@pytest.mark.parametrize(("posterior", "weights"), [("planar", "weight"), ("iaf", "vector")])
+def test_heads_and_conditioners_learn_at_the_rate_of_an_ordinary_linear_layer(data, posterior, weights):
+    state, _, _ = start(data, posterior)
+    rates = {id(p): group["lr"] for group in parameter_groups(state.vae, 0.1) for p in group["params"]}
+    assert len(rates) == len(list(state.vae.parameters()))
+    fast = [name for name, p in state.vae.named_parameters() if rates[id(p)] == pytest.approx(0.1 * 8**0.5)]
+    assert fast and all(rate in (0.1, pytest.approx(0.1 * 8**0.5)) for rate in rates.values())
+    assert any(name.endswith(weights) for name in fast) and all(name.startswith("posterior") for name in fast)
 
 
 def test_patience(data):

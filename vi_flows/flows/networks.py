@@ -81,6 +81,7 @@ class Conditioner(nn.Module):
         super().__init__()
         _check(hidden)
         self.features, self.count, self.layers = features, count, len(hidden) + 1
+        self.fan_in = max(context or inputs, 1)  # of the weights that z or, if there is one, the context meets
         fan_in, fan_out = [inputs, *hidden], [*hidden, features * count]
         weights = [torch.randn(m, n) for m, n in zip(fan_out, fan_in, strict=True)]
         biases = [torch.randn(m) for m in fan_out]
