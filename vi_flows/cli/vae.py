@@ -46,6 +46,8 @@ NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar
 def train_command(
     context: typer.Context,
     data: Annotated[str, typer.Option(metavar="PATH|digits", help=".npz, .npy, IDX files, or digits.")] = "digits",
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="The array of an .npz with others.")] = None,
+    shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="Of an image, where rows do not say.")] = None,
     posterior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(POSTERIORS))] = "sylvester",
     latent: Annotated[int, typer.Option(help="Size of z.")] = 64,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (20).")] = None,
@@ -115,18 +117,19 @@ def evaluate_command(
     from ..report.vae_page import write_page
     from ..vae.evaluation import evaluate
 
-    vae, run, history = checkpoint.load(_existing(folder))
-    images = load(data or run.data["source"], **run.data["options"])
-    if images.shape != run.architecture.shape:
-        raise ValueError(
-            f"--data: expected images {run.architecture.shape}, got {images.shape}; pass those of training"
-        )
-    vae.to(_device(device))
-    with torch_threads(threads or torch.get_num_threads()):
-        levels = 256 if images.noise == "dequantise" else None
-        found = evaluate(vae, images.values(images.test), draws, seed, max_rows=rows, dequantised=levels)
+    with workers() as processes, torch_threads(threads or torch.get_num_threads()):
+        vae, run, history = checkpoint.load(_existing(folder))
+        images = load(data or run.data["source"], **run.data["options"])
+        if images.shape != run.architecture.shape:
+            given = f"expected images {run.architecture.shape}, got {images.shape}"
+            raise ValueError(f"--data: {given}; pass those of training")
+        vae.to(_device(device))
+        levels, x = 256 if images.noise == "dequantise" else None, images.values(images.test)
+        found = evaluate(vae, x, draws, seed, max_rows=rows, dequantised=levels, processes=processes)
+        if not processes.first:
+            return
         settings = {**run.architecture.as_dict(), **run.options.as_dict(), **run.data["options"]}
-        write_page(folder / PAGE, vae, images.shape, images.values(images.test), found, history, settings)
+        write_page(folder / PAGE, vae, images.shape, x, found, history, settings)
     with replacing(folder / EVALUATION) as temporary:
         temporary.write_text(to_json(found.as_dict()))
     if as_json:
@@ -163,6 +166,7 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
     binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
     asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
+    asked |= {"key": given["key"], "shape": _shape(given["shape"])}
     images = load(given["data"], **asked)
     architecture = Architecture(
         shape=images.shape,
@@ -177,12 +181,20 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     )
     torch.manual_seed(options.seed)
     vae = build(architecture)
-    vae.likelihood.check(images.values(images.train[:1000], training=True), "--data")
+    for x in images.all_values():
+        vae.likelihood.check(x, "--data")
     data = {"source": given["data"], "options": asked, "fingerprint": _fingerprint(images)}
     data["threads"] = given["threads"] or torch.get_num_threads()
     if overwrite:
         checkpoint.clear(out)
     return begin(vae, options), Run(architecture, options, data), images
+
+
+def _shape(given: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if given is None else tuple(int(part) for part in given.split(","))
+    except ValueError:
+        raise ValueError(f"--shape: expected C,H,W, got {given}; such as 1,28,28") from None
 
 
 def _resumed(out: Path, epochs: int | None) -> tuple[State, Run, Images]:
@@ -212,7 +224,8 @@ def _trained(state: State, run: Run, images: Images, out: Path, show: bool, proc
 
         def report(state: State, steps: int) -> None:
             if state.step % 10 == 0 or state.step == steps:
-                bar.note(state.epoch + state.step / steps, run.options.epochs, _line(state, rate()))
+                done = state.epoch + state.step / steps
+                bar.note(done, run.options.epochs, _line(state, rate()), f"epoch {state.epoch + 1}")
 
         def save(state: State) -> None:
             if processes.first:
@@ -223,8 +236,7 @@ def _trained(state: State, run: Run, images: Images, out: Path, show: bool, proc
 
 def _line(state: State, rate: float) -> str:
     elbo, likelihood, kl, count = state.totals
-    epoch = f"epoch {state.epoch + 1}  "
-    return epoch + f"ELBO {elbo / count:.2f} = {likelihood / count:.2f} − KL {kl / count:.2f}  {rate:.0f} images/s"
+    return f"ELBO {elbo / count:.1f} = {likelihood / count:.1f} − KL {kl / count:.1f}  {rate:.0f} images/s"
 
 
 class Rate:

@@ -10,17 +10,16 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """A context manager: ``stage(name, total)`` begins one, ``step(done, total, elbo)`` or ``advance()`` moves it.
 
-    remaining: also show how long a stage will still take.
+    remaining: show how long a stage will still take, not for how long it has run.
     """
 
     def __init__(self, show: bool, remaining: bool = False):
         self.bar = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description:<9}"),
-            BarColumn(),
+            BarColumn(bar_width=8 if remaining else 40),  # notes are long there: a line is 80 wide
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            *([TextColumn("left"), TimeRemainingColumn()] if remaining else []),
+            *([TextColumn("left"), TimeRemainingColumn()] if remaining else [TimeElapsedColumn()]),
             console=Console(stderr=True),
             disable=not show,
         )
@@ -41,8 +40,9 @@ class Progress:
     def step(self, done: int, total: int, elbo: float) -> None:
         self.note(done, total, f"ELBO {elbo:.2f}  step {done}/{total}")
 
-    def note(self, done: float, total: float, text: str) -> None:
-        self.bar.update(self.task, completed=done, total=total, note=text)
+    def note(self, done: float, total: float, text: str, stage: str | None = None) -> None:
+        """Show text, and where ``stage`` is given that name for the stage."""
+        self.bar.update(self.task, completed=done, total=total, note=text, description=stage)
 
     def advance(self) -> None:
         """One more of the stage's total is done."""

@@ -14,24 +14,30 @@ from torch import Tensor
 from ..arguments import whole
 from ..flows.bases import Base
 from ..inference.posterior import seeded
+from .distributed import Workers
 
 if TYPE_CHECKING:
     from .model import VAE, Terms
 
 CHUNK = 1000  # draws that are decoded at once
 NUMBERS = 2**25  # that a decoder gives at once, at most: 256 levels of every pixel are many
+ALONE = Workers()
 
 
-def bound(vae: VAE, x: Tensor, draws: int = 1, seed: int = 0, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def bound(
+    vae: VAE, x: Tensor, draws: int = 1, seed: int = 0, chunk: int = CHUNK, processes: Workers = ALONE
+) -> tuple[Tensor, Tensor]:
     """ELBO and IWAE-K, log (1/K) Σ_k w_k (Burda et al. 2016), of each row of x (N, dim): two (N,), double precision.
 
     In eval mode and without a graph; depends on ``seed`` alone and leaves the generators as they were. A row is encoded
-    once; no more than ``chunk`` of its K = ``draws`` draws are decoded at a time, and the numbers do not depend on it.
+    once; no more than ``chunk`` of its K = ``draws`` draws are decoded at a time, and the numbers do not depend on it,
+    nor on how many ``processes`` share the rows.
 
-    Raises ValueError where x are no rows.
+    Raises ValueError where x are no rows, or fewer than there are processes.
     """
     with evaluating(vae), seeded(seed):
-        return of_weights(terms.log_w for terms in blocks(vae, x, draws, chunk))
+        elbo, iwae = of_weights(terms.log_w for terms in blocks(vae, x, draws, chunk, processes))
+    return processes.gathered(elbo, len(x)), processes.gathered(iwae, len(x))
 
 
 def of_weights(log_w: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -40,33 +46,39 @@ def of_weights(log_w: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(elbo), torch.cat(iwae)
 
 
-def blocks(vae: VAE, x: Tensor, draws: int, chunk: int = CHUNK) -> Iterator[Terms]:
-    """Terms of ``draws`` draws of q(z|x) for the rows of x (N, dim), some rows after the others."""
-    x = on_device(vae, x)
+def blocks(vae: VAE, x: Tensor, draws: int, chunk: int = CHUNK, processes: Workers = ALONE) -> Iterator[Terms]:
+    """Terms of ``draws`` draws of q(z|x) for this process's share of the rows of x (N, dim), some after the others."""
+    count, x = len(x), processes.share(on_device(vae, x, processes.count))
 
     def of(rows: slice) -> Callable[[Tensor], Terms]:
         q = vae.posterior(vae.encoder(x[rows]))
         return lambda noise: vae.terms(x[rows], q, noise)
 
-    return in_blocks(of, vae.posterior.base, len(x), draws, affordable(vae, x, chunk))
+    return in_blocks(of, vae.posterior.base, count, draws, affordable(vae, x, chunk), processes)
 
 
 def in_blocks(
-    of: Callable[[slice], Callable[[Tensor], Terms]], base: Base, count: int, draws: int, chunk: int
+    of: Callable[[slice], Callable[[Tensor], Terms]],
+    base: Base,
+    count: int,
+    draws: int,
+    chunk: int,
+    processes: Workers = ALONE,
 ) -> Iterator[Terms]:
     """Terms of ``draws`` draws for ``count`` rows, some rows after the others, ``chunk`` draws or fewer at a time.
 
-    of(rows) prepares rows, and gives what makes their terms from base noise (draws, n, k). The noise comes from the
-    global generator row by row, and so is the same whatever the chunk.
+    of(rows) prepares rows of a process's share, and gives what makes their terms from base noise (draws, n, k). The
+    noise of all rows comes from the global generator, row by row: it is the same whatever the chunk and the processes.
     """
     whole("draws", draws)
-    size = max(1, chunk // draws)
+    size = max(1, chunk // draws) * processes.count
     for first in range(0, count, size):
-        rows = slice(first, min(first + size, count))
-        make = of(rows)
-        noise = torch.stack([base.noise((draws,)) for _ in range(first, rows.stop)], 1)
-        parts = [make(some) for some in noise.split(max(1, chunk // noise.shape[1]))]
-        yield type(parts[0])(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])))
+        noise = torch.stack([base.noise((draws,)) for _ in range(min(size, count - first))], 1)
+        noise, begin = processes.share(noise, 1), first // processes.count
+        if own := noise.shape[1]:
+            make = of(slice(begin, begin + own))
+            parts = [make(some) for some in noise.split(max(1, chunk // own))]
+            yield type(parts[0])(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])))
 
 
 def affordable(vae: VAE, x: Tensor, chunk: int) -> int:
@@ -74,10 +86,12 @@ def affordable(vae: VAE, x: Tensor, chunk: int) -> int:
     return min(whole("chunk", chunk), max(1, NUMBERS // (vae.likelihood.channels * x.shape[1])))
 
 
-def on_device(vae: VAE, x: Tensor) -> Tensor:
-    """Rows x (N, dim) where the VAE is; ValueError where they are no rows."""
+def on_device(vae: VAE, x: Tensor, least: int = 1) -> Tensor:
+    """Rows x (N, dim) where the VAE is; ValueError where they are no rows, or too few."""
     if x.dim() != 2 or not len(x):
         raise ValueError(f"x: expected rows of shape (N, dim), got {tuple(x.shape)}; flatten the images")
+    if len(x) < least:
+        raise ValueError(f"x: expected a row for each of {least} processes, got {len(x)}; start fewer")
     return x.to(vae.posterior.device)
 
 

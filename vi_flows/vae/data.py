@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,12 @@ class Images:
             u = torch.rand(x.shape, generator=generator, device=x.device) * BELOW_ONE if training else 0.5
             return (x + u) / 256
         return torch.bernoulli(x / 255, generator=generator) if training and self.noise == "dynamic" else x / 255
+
+    def all_values(self) -> Iterator[Tensor]:
+        """All rows as a training step, validation and test see them, some after the others."""
+        for rows in (self.train, self.valid, self.test):
+            for part in rows.split(CHUNK):
+                yield self.values(part, training=rows is self.train)
 
     @cached_property
     def centre(self) -> float:

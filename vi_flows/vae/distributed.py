@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = timedelta(seconds=90)  # that a process waits for the others
+PATIENCE = timedelta(seconds=60)  # that a process waits for the others
 
 
 class Workers:
@@ -44,8 +44,10 @@ class Workers:
         return shared.to(values.device)
 
     def gathered(self, rows: Tensor, size: int) -> Tensor:
-        """The rows (size,) of which each process has its :meth:`share`, in their order."""
-        whole = rows.new_zeros(size)
+        """The rows (size, ...) of which each process has its :meth:`share`, in their order."""
+        if self.count == 1:
+            return rows
+        whole = rows.new_zeros(size, *rows.shape[1:])
         whole[self.rank :: self.count] = rows
         return self.total(whole)
 

@@ -13,7 +13,8 @@ from ..arguments import whole
 from ..inference.checks import UNSEEN, tails
 from ..inference.posterior import seeded
 from ..inference.psis import khat
-from .bounds import CHUNK, blocks, bound, double, evaluating, log_mean
+from .bounds import ALONE, CHUNK, blocks, bound, double, evaluating, log_mean
+from .distributed import Workers
 from .model import VAE
 from .refine import refine
 
@@ -135,11 +136,13 @@ def evaluate(
     refine_steps: int = 400,
     dequantised: int | None = None,
     chunk: int = CHUNK,
+    processes: Workers = ALONE,
 ) -> Evaluation:
     """Judge a VAE on rows x (N, dim) that it was not trained on.
 
     The rows are put in random order first, so that the first ``max_rows`` of a file that is sorted by class stand for
-    all. The result depends on ``seed`` alone; the generators, and each part's train or eval mode, stay as they were.
+    all. The result depends on ``seed`` alone (the gap on the number of processes, too); the generators, and each part's
+    train or eval mode, stay as they were.
 
     Parameters
     ----------
@@ -148,7 +151,7 @@ def evaluate(
     khat_rows, khat_draws: images whose weights' tails are judged, 0 for none, and draws for each.
     refine_rows, refine_steps: images whose posterior is refined for the amortisation gap, 0 for none, and Adam's steps.
     dequantised: levels of x = (k + u)/levels under a likelihood that is a density, for bits per dimension.
-    chunk: draws that are decoded at once.
+    chunk: draws that are decoded at once. processes: those that share the rows; each has the result.
 
     Raises
     ------
@@ -166,8 +169,8 @@ def evaluate(
         whole(name, value, least)
     vae.likelihood.check(x, "x")
     given, x = len(x), x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_rows]]
-    numbers, activity = _bounds(vae, x, draws, seed, chunk)
-    shapes, unseen = _tails(vae, x[:khat_rows], khat_draws, seed + 1, chunk)
+    numbers, activity = _bounds(vae, x, draws, seed, chunk, processes)
+    shapes, unseen = _tails(vae, x[:khat_rows], khat_draws, seed + 1, chunk, processes)
     levels = 1 if vae.likelihood.levels not in (None, 2) else dequantised
     return Evaluation(
         rows=len(x),
@@ -181,40 +184,45 @@ def evaluate(
         unseen=unseen,
         gap_rows=len(x[:refine_rows]),
         gap_steps=refine_steps,
-        gap=_gap(vae, x[:refine_rows], refine_steps, seed + 2, chunk) if refine_rows else None,
+        gap=_gap(vae, x[:refine_rows], refine_steps, seed + 2, chunk, processes) if refine_rows else None,
         bits=numbers["iwae"].bits(x.shape[1], levels) if levels else None,
         elbo_bits=numbers["elbo"].bits(x.shape[1], levels) if levels else None,
     )
 
 
-def _bounds(vae: VAE, x: Tensor, draws: int, seed: int, chunk: int) -> tuple[dict[str, Estimate], tuple[float, ...]]:
+def _bounds(
+    vae: VAE, x: Tensor, draws: int, seed: int, chunk: int, processes: Workers
+) -> tuple[dict[str, Estimate], tuple[float, ...]]:
     """Estimates by name, and Var_x E_q[z] of each unit: the variance of means of draws, less what so few draws add."""
     parts = []
     with evaluating(vae), seeded(seed):
-        for terms in blocks(vae, x, draws, chunk):
+        for terms in blocks(vae, x, draws, chunk, processes):
             log_w, likelihood, z = double(terms.log_w), double(terms.log_likelihood), double(terms.z)
             rows = {"elbo": log_w.mean(0), "iwae": log_mean(log_w), "reconstruction": likelihood.mean(0)}
             rows["kl"] = rows["reconstruction"] - rows["elbo"]
             parts.append(rows | {"mean": z.mean(0), "noise": z.var(0) / draws})
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = {name: processes.gathered(torch.cat([part[name] for part in parts]), len(x)) for name in parts[0]}
     noise, mean = found.pop("noise").mean(0), found.pop("mean")
     activity = (mean.var(0) - noise).clamp_min(0.0) if len(x) > 1 else torch.zeros_like(noise)
     return {name: Estimate.of(rows) for name, rows in found.items()}, tuple(activity.tolist())
 
 
-def _tails(vae: VAE, x: Tensor, draws: int, seed: int, chunk: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _tails(
+    vae: VAE, x: Tensor, draws: int, seed: int, chunk: int, processes: Workers
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """k̂ of each row's weights, and the share of their sum that may lie beyond the largest."""
-    shapes, unseen = [], []
+    if not len(x):
+        return (), ()
     with evaluating(vae), seeded(seed):
-        for terms in blocks(vae, x, draws, chunk) if len(x) else ():
-            for log_w in double(terms.log_w).unbind(1):
-                shapes.append(khat(log_w))
-                unseen.append(min(tails(log_w).statistic, 1.0))
-    return tuple(shapes), tuple(unseen)
+        weights = [log_w for t in blocks(vae, x, draws, chunk, processes) for log_w in double(t.log_w).unbind(1)]
+    found = torch.tensor([[khat(log_w), min(tails(log_w).statistic, 1.0)] for log_w in weights], dtype=torch.float64)
+    shapes, unseen = processes.gathered(found, len(x)).unbind(1)
+    return tuple(shapes.tolist()), tuple(unseen.tolist())
 
 
-def _gap(vae: VAE, x: Tensor, steps: int, seed: int, chunk: int, draws: int = 1000) -> Estimate:
+def _gap(vae: VAE, x: Tensor, steps: int, seed: int, chunk: int, processes: Workers, draws: int = 1000) -> Estimate:
     """E_x[ELBO of the row's own posterior − ELBO of q(z|x)], from the same fresh noise."""
-    refined = refine(vae, x, steps=steps, seed=seed)
-    own, amortised = refined.bound(draws, seed + 1, chunk)[0], bound(vae, x, draws, seed + 1, chunk)[0]
-    return Estimate.of(own - amortised)
+    own = processes.share(x)
+    refined = refine(vae, own, steps=steps, seed=seed)
+    gains = refined.bound(draws, seed + 1, chunk)[0] - bound(vae, own, draws, seed + 1, chunk)[0]
+    return Estimate.of(processes.gathered(gains, len(x)))

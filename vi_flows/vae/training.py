@@ -250,9 +250,8 @@ def kl_weight(options: Options, epoch: float) -> float:
 
 def _finish_epoch(state: State, images: Images, options: Options, processes: Workers) -> None:
     """Validate, each process its share of rows, and record the epoch."""
-    valid = processes.share(images.values(images.valid))
-    found = bound(state.vae, valid, options.valid_draws, seed=options.seed)
-    valid_elbo, valid_iwae = (processes.gathered(each, len(images.valid)) for each in found)
+    valid = images.values(images.valid)
+    valid_elbo, valid_iwae = bound(state.vae, valid, options.valid_draws, options.seed, processes=processes)
     elbo, likelihood, kl, count = state.totals
     state.history.append(
         {
