@@ -50,7 +50,7 @@ def train_command(
     shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="Of an image, where rows do not say.")] = None,
     posterior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(POSTERIORS))] = "sylvester",
     latent: Annotated[int, typer.Option(help="Size of z.")] = 64,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (20).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (100).")] = None,
     batch: Annotated[int, typer.Option(help="Rows in a step.")] = 100,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, with settings and history, go here.")] = Path(
@@ -71,8 +71,8 @@ def train_command(
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = "constant",
-    warm_up: Annotated[int, typer.Option(help="Epochs over which the KL's weight rises to 1.")] = 0,
-    beta: Annotated[float, typer.Option(help="The KL's weight after that.")] = 1.0,
+    warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (a fifth of all).")] = None,
+    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = 1.0,
     free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = 0.0,
     patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = 0,
@@ -164,6 +164,8 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):
         raise ValueError(f"--out: expected a folder without a run, got {out}; add --resume or --overwrite")
     options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
+    if given["warm_up"] is None:  # from β = 1 on, a decoder may never begin to use z
+        options = dataclasses.replace(options, warm_up=options.epochs // 5)
     binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
     asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
     asked |= {"key": given["key"], "shape": _shape(given["shape"])}

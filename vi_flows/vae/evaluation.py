@@ -94,6 +94,8 @@ class Evaluation:
             *self._of_gap(),
             f"{self.active_units} of {len(self.activity)} latent units are active (Var_x E_q[z] > {ACTIVE}).",
         ]
+        if not self.active_units:
+            said.append("The decoder ignores z (posterior collapse): train with a longer warm-up of the KL's weight.")
         return said
 
     def _of_weights(self) -> list[str]:

@@ -41,7 +41,9 @@ class Options:
     epochs, batch: passes over the training rows, and rows in a step. draws: K, of q(z|x) for each row.
     objective: "elbo", "stl" (its path gradient), "iwae" or "dreg".
     optimizer, lr, schedule: "adam" or "adamax"; "constant", or "cosine" down to 0 over all epochs.
-    warm_up: epochs over which the weight β of the KL rises from 1/warm_up to 1. beta: its final value.
+    warm_up: epochs over which the weight β of the KL rises from beta/warm_up to beta; without, a decoder may never
+        begin to use z.
+    beta: 1 for the ELBO.
     free_bits: nats of KL, on average over a batch, that cost nothing (Kingma et al. 2016).
     clip: the largest norm of a gradient; 0 for none.
     patience: epochs after warm-up without a better validation bound, after which training stops; 0: never.
@@ -49,7 +51,7 @@ class Options:
     precision: "full", or "mixed": networks in bfloat16 on a GPU. compile: networks by torch.compile.
     """
 
-    epochs: int = 20
+    epochs: int = 100
     batch: int = 100
     draws: int = 1
     objective: str = "elbo"
