@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from rows import add_fit_arguments, read, wanted, write
+from rows import add_fit_arguments, read, write
 from torch import Tensor
 
 from vi_flows.vae import POSTERIORS, Architecture, Images, build, load
