@@ -178,6 +178,12 @@ def test_bad_runs(data, tmp_path, capsys):
         (command(data, tmp_path / "a", "--posterior", "planr"), "posterior: expected one of"),
         (command(data, tmp_path / "a", "--latent", "0"), "latent: expected a positive integer"),
         (command(data, tmp_path / "a", "--lr", "-1"), "lr: expected a positive number"),
+        (
+            command(data, tmp_path / "a", "--posterior", "diagonal", "--layers", "2"),
+            "layers: expected none for posterior",
+        ),
+        (command(data, tmp_path / "a", "--shape", "1,2,x"), "--shape: expected C,H,W"),
+        (command(data, data), "--out: expected a folder that can be written to"),
         (command(tmp_path / "no.npz", tmp_path / "a"), "--data: expected"),
     ]:
         assert main(arguments) == 2

@@ -27,7 +27,7 @@ from ..vae.model import POSTERIORS, PRIORS, Architecture, build
 from ..vae.networks import NETWORKS
 from ..vae.objectives import OBJECTIVES
 from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, Options, State, begin, train
-from .output import to_json
+from .output import prepare_folder, to_json
 
 LIKELIHOOD_OF = {2: "bernoulli", 256: "categorical", None: "gaussian"}  # of data with so many levels
 STOPPED = 143  # exit status where a signal ended training, and its state was saved
@@ -187,6 +187,7 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
         vae.likelihood.check(x, "--data")
     data = {"source": given["data"], "options": asked, "fingerprint": _fingerprint(images)}
     data["threads"] = given["threads"] or torch.get_num_threads()
+    prepare_folder(out)
     if overwrite:
         checkpoint.clear(out)
     return begin(vae, options), Run(architecture, options, data), images

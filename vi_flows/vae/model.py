@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -180,6 +181,10 @@ class Architecture:
             ("prior", PRIORS),
         ):
             one_of(name, getattr(self, name), known)
+        known = inspect.signature(getattr(recipes, POSTERIORS[self.posterior][0])).parameters
+        for name, value in self.posterior_options.items():
+            if name not in known:
+                raise ValueError(f"{name}: expected none for posterior {self.posterior!r}, got {value!r}; leave it out")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

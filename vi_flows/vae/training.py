@@ -76,7 +76,8 @@ class Options:
         for name, least in (("lr", 1e-300), ("beta", 0.0), ("free_bits", 0.0), ("clip", 0.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
-                raise ValueError(f"{name}: expected a {'positive ' if least else ''}number, got {value!r}")
+                expected = "a positive number" if least else "a number of at least 0"
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name, known in (
             ("objective", OBJECTIVES),
             ("optimizer", OPTIMIZERS),
