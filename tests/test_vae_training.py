@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,16 +224,52 @@ def test_a_signal_saves_and_says_how_to_go_on(data, tmp_path):
     assert checkpoint.resume(tmp_path / "run")[0].epoch >= 1
 
 
-@pytest.mark.slow
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 def test_two_processes_are_as_one(data, tmp_path):
-    """The same losses, rounding apart, from batches shared out (the last one unevenly), as from one process."""
-    more = ("--free-bits", "0.5", "--batch", "29")
-    assert main(command(data, tmp_path / "one", *more)) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vi_flows"]
-    subprocess.run([*torchrun, *command(data, tmp_path / "two", *more)], env=ONE_THREAD, check=True, timeout=120)
-    one, two = (header(tmp_path / name / "last.safetensors")["history"] for name in ("one", "two"))
-    assert [r["elbo"] for r in one] == pytest.approx([r["elbo"] for r in two], abs=1e-4)
-    assert [r["valid_iwae"] for r in one] == pytest.approx([r["valid_iwae"] for r in two], abs=0.3)
+    """A run that two processes take over goes on as with one, rounding apart, with batches and test rows shared out."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert main(command(data, one, "--free-bits", "0.5", "--batch", "29")) == 0
+    shutil.copytree(one, two)
+    for arguments in (["train", "--resume", "--epochs", "6", "--no-progress", "--out"], ["evaluate", "--draws", "10"]):
+        assert main(["vae", *arguments, str(one)]) == 0
+        shared = [*TWO, "-m", "vi_flows", "vae", *arguments, str(two)]
+        subprocess.run(shared, env=ONE_THREAD, check=True, timeout=120)
+    found = []
+    for out in (one, two):
+        history, judged = header(out / "last.safetensors")["history"], json.loads((out / "evaluation.json").read_text())
+        found.append([r[key] for r in history for key in ("elbo", "kl", "valid_iwae")])
+        found[-1] += [judged["elbo"]["value"], judged["iwae"]["value"], *judged["khat"]]
+    assert len(header(two / "last.safetensors")["history"]) == 6
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+LOSES = """
+import os, sys, threading, time
+from pathlib import Path
+from vi_flows.cli import main
+
+def lose():
+    while not (Path(sys.argv[1]) / "last.safetensors").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+
+if os.environ["RANK"] == "1":
+    threading.Thread(target=lose, daemon=True).start()
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_lost_process_ends_the_job_with_a_line(data, tmp_path):
+    script, out = tmp_path / "loses.py", tmp_path / "run"
+    script.write_text(LOSES)
+    arguments = [*TWO, str(script), str(out), *command(data, out, "--epochs", "5000")]
+    ran = subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+    ours = [line for line in ran.stderr.splitlines() if line.startswith("vi-flows")]
+    line = "vi-flows: process 0 of 2 lost another one; go on from the last checkpoint by --resume"
+    assert ran.returncode and ours == [line]
+    assert checkpoint.resume(out)[0].epoch >= 1
 
 
 def test_evaluated_and_sampled_from_the_command_line(data, tmp_path):

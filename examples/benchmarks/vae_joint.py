@@ -3,7 +3,7 @@
     python examples/benchmarks/vae_joint.py --data mnist_static.npz [--only NAME] [--network mlp|conv] [--epochs N]
                                             [--warm-up N] [--seeds N] [--device cpu|cuda] [--json F]
 
-64 latents, batches of 100, Adam at 1e-3 falling to 0 along a cosine, the KL's weight rising to 1 in the first fifth of
+64 latents, batches of 100, Adam at 1e-3 falling to 0 along a cosine, the KL's weight rising to 1 in the first half of
 the epochs; four layers of each flow, as ``vae.POSTERIORS`` has them. All rows of a seed see the same order of images.
 
 A row: seconds of training; on all test images −ELBO and −IWAE-200 (a bound of −log p(x) from above) of the state after
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", default="iaf,sylvester", metavar="NAMES", help="posteriors beside the diagonal: a,b")
     parser.add_argument("--network", choices=NETWORKS, default="mlp")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, metavar="N", help="epochs (a fifth of all)")
+    parser.add_argument("--warm-up", type=int, metavar="N", help="epochs (half of all)")
     parser.add_argument("--device", default="cpu")
     add_fit_arguments(parser)
     parser.set_defaults(seeds=3)
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(name: str, data: Images, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    warm_up = arguments.epochs // 5 if arguments.warm_up is None else arguments.warm_up
+    warm_up = arguments.epochs // 2 if arguments.warm_up is None else arguments.warm_up
     options = Options(arguments.epochs, schedule="cosine", warm_up=warm_up, valid_draws=1, seed=seed)
     torch.manual_seed(seed)
     architecture = Architecture(
