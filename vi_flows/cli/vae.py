@@ -112,6 +112,7 @@ def evaluate_command(
     threads: Threads = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    no_progress: NoProgress = False,
 ) -> None:
     """The test likelihood with its error, what the posterior is worth, and a page of pictures."""
     from ..report.vae_page import write_page
@@ -125,7 +126,8 @@ def evaluate_command(
             raise ValueError(f"--data: {given}; pass those of training")
         vae.to(_device(device))
         levels, x = 256 if images.noise == "dequantise" else None, images.values(images.test)
-        found = evaluate(vae, x, draws, seed, max_rows=rows, dequantised=levels, processes=processes)
+        show = {"processes": processes, "progress": not no_progress}
+        found = evaluate(vae, x, draws, seed, max_rows=rows, dequantised=levels, **show)
         if not processes.first:
             return
         settings = {**run.architecture.as_dict(), **run.options.as_dict(), **run.data["options"]}

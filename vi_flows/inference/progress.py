@@ -44,9 +44,9 @@ class Progress:
         """Show text, and where ``stage`` is given that name for the stage."""
         self.bar.update(self.task, completed=done, total=total, note=text, description=stage)
 
-    def advance(self) -> None:
-        """One more of the stage's total is done."""
-        self.bar.advance(self.task)
+    def advance(self, count: int = 1) -> None:
+        """So many more of the stage's total are done."""
+        self.bar.advance(self.task, count)
 
     def _finish(self) -> None:
         if self.task is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from ..arguments import whole
 from ..inference.checks import UNSEEN, tails
 from ..inference.posterior import seeded
+from ..inference.progress import Progress
 from ..inference.psis import khat
 from .bounds import ALONE, CHUNK, blocks, bound, double, evaluating, log_mean
 from .distributed import Workers
-from .model import VAE
+from .model import VAE, Terms
 from .refine import refine
 
 __all__ = ["Estimate", "Evaluation", "bound", "evaluate"]
@@ -139,6 +141,7 @@ def evaluate(
     dequantised: int | None = None,
     chunk: int = CHUNK,
     processes: Workers = ALONE,
+    progress: bool = False,
 ) -> Evaluation:
     """Judge a VAE on rows x (N, dim) that it was not trained on.
 
@@ -154,6 +157,7 @@ def evaluate(
     refine_rows, refine_steps: images whose posterior is refined for the amortisation gap, 0 for none, and Adam's steps.
     dequantised: levels of x = (k + u)/levels under a likelihood that is a density, for bits per dimension.
     chunk: draws that are decoded at once. processes: those that share the rows; each has the result.
+    progress: show a bar on standard error.
 
     Raises
     ------
@@ -171,8 +175,11 @@ def evaluate(
         whole(name, value, least)
     vae.likelihood.check(x, "x")
     given, x = len(x), x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_rows]]
-    numbers, activity = _bounds(vae, x, draws, seed, chunk, processes)
-    shapes, unseen = _tails(vae, x[:khat_rows], khat_draws, seed + 1, chunk, processes)
+    with Progress(progress and processes.first) as bar:
+        over = Pass(vae, chunk, processes, bar)
+        numbers, activity = _bounds(over, x, draws, seed)
+        shapes, unseen = _tails(over, x[:khat_rows], khat_draws, seed + 1)
+        gap = _gap(over, x[:refine_rows], refine_steps, seed + 2) if refine_rows else None
     levels = 1 if vae.likelihood.levels not in (None, 2) else dequantised
     return Evaluation(
         rows=len(x),
@@ -186,45 +193,59 @@ def evaluate(
         unseen=unseen,
         gap_rows=len(x[:refine_rows]),
         gap_steps=refine_steps,
-        gap=_gap(vae, x[:refine_rows], refine_steps, seed + 2, chunk, processes) if refine_rows else None,
+        gap=gap,
         bits=numbers["iwae"].bits(x.shape[1], levels) if levels else None,
         elbo_bits=numbers["elbo"].bits(x.shape[1], levels) if levels else None,
     )
 
 
-def _bounds(
-    vae: VAE, x: Tensor, draws: int, seed: int, chunk: int, processes: Workers
-) -> tuple[dict[str, Estimate], tuple[float, ...]]:
+@dataclass(frozen=True)
+class Pass:
+    """How rows are gone through: by which VAE, how many draws at once, shared by whom, shown on what."""
+
+    vae: VAE
+    chunk: int
+    processes: Workers
+    bar: Progress
+
+    def terms(self, stage: str, x: Tensor, draws: int) -> Iterator[Terms]:
+        """Terms of this process's share of rows x (N, dim)."""
+        self.bar.stage(stage, len(self.processes.share(x)))
+        for terms in blocks(self.vae, x, draws, self.chunk, self.processes):
+            yield terms
+            self.bar.advance(terms.z.shape[1])
+
+
+def _bounds(over: Pass, x: Tensor, draws: int, seed: int) -> tuple[dict[str, Estimate], tuple[float, ...]]:
     """Estimates by name, and Var_x E_q[z] of each unit: the variance of means of draws, less what so few draws add."""
     parts = []
-    with evaluating(vae), seeded(seed):
-        for terms in blocks(vae, x, draws, chunk, processes):
+    with evaluating(over.vae), seeded(seed):
+        for terms in over.terms("bounds", x, draws):
             log_w, likelihood, z = double(terms.log_w), double(terms.log_likelihood), double(terms.z)
             rows = {"elbo": log_w.mean(0), "iwae": log_mean(log_w), "reconstruction": likelihood.mean(0)}
             rows["kl"] = rows["reconstruction"] - rows["elbo"]
             parts.append(rows | {"mean": z.mean(0), "noise": z.var(0) / draws})
-    found = {name: processes.gathered(torch.cat([part[name] for part in parts]), len(x)) for name in parts[0]}
+    found = {name: over.processes.gathered(torch.cat([part[name] for part in parts]), len(x)) for name in parts[0]}
     noise, mean = found.pop("noise").mean(0), found.pop("mean")
     activity = (mean.var(0) - noise).clamp_min(0.0) if len(x) > 1 else torch.zeros_like(noise)
     return {name: Estimate.of(rows) for name, rows in found.items()}, tuple(activity.tolist())
 
 
-def _tails(
-    vae: VAE, x: Tensor, draws: int, seed: int, chunk: int, processes: Workers
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _tails(over: Pass, x: Tensor, draws: int, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """k̂ of each row's weights, and the share of their sum that may lie beyond the largest."""
     if not len(x):
         return (), ()
-    with evaluating(vae), seeded(seed):
-        weights = [log_w for t in blocks(vae, x, draws, chunk, processes) for log_w in double(t.log_w).unbind(1)]
+    with evaluating(over.vae), seeded(seed):
+        weights = [log_w for terms in over.terms("tails", x, draws) for log_w in double(terms.log_w).unbind(1)]
     found = torch.tensor([[khat(log_w), min(tails(log_w).statistic, 1.0)] for log_w in weights], dtype=torch.float64)
-    shapes, unseen = processes.gathered(found, len(x)).unbind(1)
+    shapes, unseen = over.processes.gathered(found, len(x)).unbind(1)
     return tuple(shapes.tolist()), tuple(unseen.tolist())
 
 
-def _gap(vae: VAE, x: Tensor, steps: int, seed: int, chunk: int, processes: Workers, draws: int = 1000) -> Estimate:
+def _gap(over: Pass, x: Tensor, steps: int, seed: int, draws: int = 1000) -> Estimate:
     """E_x[ELBO of the row's own posterior − ELBO of q(z|x)], from the same fresh noise."""
-    own = processes.share(x)
-    refined = refine(vae, own, steps=steps, seed=seed)
-    gains = refined.bound(draws, seed + 1, chunk)[0] - bound(vae, own, draws, seed + 1, chunk)[0]
-    return Estimate.of(processes.gathered(gains, len(x)))
+    over.bar.stage("refining")
+    own = over.processes.share(x)
+    refined = refine(over.vae, own, steps=steps, seed=seed)
+    gains = refined.bound(draws, seed + 1, over.chunk)[0] - bound(over.vae, own, draws, seed + 1, over.chunk)[0]
+    return Estimate.of(over.processes.gathered(gains, len(x)))
