@@ -55,6 +55,21 @@ def conjugate(gain=0.8):
     return vae
 
 
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_mixed_precision_is_near_and_only_in_training(network):
+    torch.manual_seed(0)
+    vae, x = build(Architecture((1, 8, 8), latent=3, network=network, posterior="iaf")), torch.ones(4, 64)
+    noise = vae.posterior.base.noise((2, 4))
+    full = vae(x, noise).log_likelihood
+    vae.mixed = True
+    near = vae(x, noise)
+    near.log_w.mean().backward()
+    assert near.z.dtype == near.log_likelihood.dtype == torch.float32
+    assert 0 < (near.log_likelihood - full).abs().max() < 0.02 * full.abs().max()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in vae.parameters())
+    assert torch.equal(vae.eval()(x, noise).log_likelihood, full)
+
+
 @pytest.mark.parametrize("posterior", POSTERIORS)
 @pytest.mark.parametrize("prior", ["normal", "flow"])
 def test_terms_are_what_they_say(posterior, prior):

@@ -80,7 +80,7 @@ class VAE(nn.Module):
             raise ValueError(f"prior: expected a flow of dim {posterior.dim} without context, got {given}")
         self.encoder, self.posterior, self.decoder = encoder, posterior, decoder
         self.likelihood, self.prior = likelihood, prior
-        self.mixed = False  # networks in bfloat16
+        self.mixed = False  # networks in bfloat16 while training; bounds are always evaluated in full
 
     @property
     def latent(self) -> int:
@@ -105,7 +105,7 @@ class VAE(nn.Module):
         return Terms(z, self.likelihood.log_prob(raw.to(z.dtype), x), self.prior().log_prob(z), log_q)
 
     def _networks(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed)
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed and self.training)
 
     def model(self, x: Tensor) -> Tensor:
         """The Pyro model of rows x (N, dim): sites z and x."""
