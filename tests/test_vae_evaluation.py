@@ -14,7 +14,7 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, N
 from vi_flows import recipes
 from vi_flows.report.vae_page import GAP, ZOOM, montage, write_images, write_page
 from vi_flows.vae.bounds import bound, log_mean
-from vi_flows.vae.evaluation import Estimate, evaluate
+from vi_flows.vae.evaluation import Estimate, _unseen, evaluate
 from vi_flows.vae.likelihoods import Bernoulli, Likelihood
 from vi_flows.vae.model import POSTERIORS, VAE, Architecture, build
 from vi_flows.vae.refine import Draws, folded, refine, terms
@@ -372,6 +372,16 @@ def test_evaluation_is_the_same_whatever_the_chunk_and_leaves_no_trace():
     for name in ("elbo", "iwae", "reconstruction", "kl", "gap"):
         assert getattr(first, name).value == pytest.approx(getattr(second, name).value, abs=1e-4)
     assert first.khat == pytest.approx(second.khat, abs=0.02)
+
+
+def test_a_weight_that_outweighs_all_hides_as_much():
+    """Where one weight is most of the sum no tail can be fitted: as much again may lie beyond it."""
+    log_w = torch.zeros(1000, dtype=torch.float64)
+    assert _unseen(log_w) < 0.01
+    log_w[0] = math.log(1000)
+    assert _unseen(log_w) >= 0.5
+    log_w[0] = 60.0
+    assert _unseen(log_w) == pytest.approx(1)
 
 
 def test_bits_per_dimension():

@@ -57,7 +57,7 @@ class Evaluation:
     elbo, iwae: lower bounds of log p(x), from ``draws`` draws for each row. reconstruction, kl: E_q[log p(x|z)] and
     KL(q(z|x)‖p(z)), whose difference is the ELBO.
     khat: of the weights p(x, z)/q(z|x) of each image of a random subset, ``khat_draws`` draws each; unseen: the share
-    of p(x) that may lie beyond the largest of them (psis.hidden, at the upper limit of k̂).
+    of p(x) that may lie beyond the largest of them (psis.hidden at the upper limit of k̂; at least the largest's own).
     activity: Var_x E_q[z] of each latent unit.
     gap: by how much posteriors of their own raise the ELBO of ``gap_rows`` images; None if that was not asked for.
     bits, elbo_bits: bits per dimension by IWAE and by the ELBO, None where pixels have no grey levels.
@@ -92,6 +92,7 @@ class Evaluation:
         said = [
             f"The log likelihood of an image is at least {self.iwae} nats on average over {each} {self.given:,} rows: "
             f"IWAE-{self.draws} is a lower bound, and it is {self.iwae.value - self.elbo.value:.3f} above the ELBO.",
+            *([f"That is at most {self.bits} bits per dimension."] if self.bits else []),
             *self._of_weights(),
             *self._of_gap(),
             f"{self.active_units} of {len(self.activity)} latent units are active (Var_x E_q[z] > {ACTIVE}).",
@@ -237,9 +238,15 @@ def _tails(over: Pass, x: Tensor, draws: int, seed: int) -> tuple[tuple[float, .
         return (), ()
     with evaluating(over.vae), seeded(seed):
         weights = [log_w for terms in over.terms("tails", x, draws) for log_w in double(terms.log_w).unbind(1)]
-    found = torch.tensor([[khat(log_w), min(tails(log_w).statistic, 1.0)] for log_w in weights], dtype=torch.float64)
+    found = torch.tensor([[khat(log_w), _unseen(log_w)] for log_w in weights], dtype=torch.float64)
     shapes, unseen = over.processes.gathered(found, len(x)).unbind(1)
     return tuple(shapes.tolist()), tuple(unseen.tolist())
+
+
+def _unseen(log_w: Tensor) -> float:
+    """What may lie beyond the largest weight: as much as a tail like that of k̂ holds, or as this weight itself."""
+    largest = float((log_w.max() - log_w.logsumexp(0)).exp())
+    return min(max(tails(log_w).statistic, largest), 1.0)
 
 
 def _gap(over: Pass, x: Tensor, steps: int, seed: int, draws: int = 1000) -> Estimate:
