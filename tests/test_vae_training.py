@@ -179,6 +179,7 @@ def test_bad_runs(data, tmp_path, capsys):
         (command(data, tmp_path / "a", "--posterior", "planr"), "posterior: expected one of"),
         (command(data, tmp_path / "a", "--latent", "0"), "latent: expected a positive integer"),
         (command(data, tmp_path / "a", "--lr", "-1"), "lr: expected a positive number"),
+        (command(data, tmp_path / "a", "--objective", "dreg"), "draws: expected an integer of at least 2, got 1"),
         (
             command(data, tmp_path / "a", "--posterior", "diagonal", "--layers", "2"),
             "layers: expected none for posterior",

@@ -59,15 +59,15 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR; other options are then DIR's.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a DIR that has a run.")] = False,
     network: Annotated[str, typer.Option(metavar="NAME", help=", ".join(NETWORKS))] = "mlp",
-    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS))] = None,
-    layers: Annotated[int | None, typer.Option(help="Of the flow.")] = None,
+    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS) + " (by data)")] = None,
+    layers: Annotated[int | None, typer.Option(help="Of the flow (4; spline_autoregressive 2).")] = None,
     prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIORS))] = "normal",
     binarise: Annotated[
         str | None, typer.Option(metavar="NAME", help=", ".join(BINARISE) + " (digits: dynamic)")
     ] = None,
     dequantise: Annotated[bool, typer.Option("--dequantise", help="Add uniform noise to bytes.")] = False,
     objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = "elbo",
-    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row in training.")] = 1,
+    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = 1,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = "constant",

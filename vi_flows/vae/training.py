@@ -39,7 +39,7 @@ class Options:
     Parameters
     ----------
     epochs, batch: passes over the training rows, and rows in a step. draws: K, of q(z|x) for each row.
-    objective: "elbo", "stl" (its path gradient), "iwae" or "dreg".
+    objective: "elbo", "stl" (its path gradient), "iwae" or "dreg" (these two with at least 2 draws).
     optimizer, lr, schedule: "adam" or "adamax"; "constant", or "cosine" down to 0 over all epochs.
     warm_up: epochs over which the weight β of the KL rises from beta/warm_up to beta; without, a decoder may never
         begin to use z.
@@ -85,6 +85,8 @@ class Options:
             ("precision", PRECISIONS),
         ):
             one_of(name, getattr(self, name), known)
+        if self.objective in ("iwae", "dreg"):
+            whole("draws", self.draws, 2, f"with one draw {self.objective!r} is the ELBO")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
