@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
-from ..inference.checks import UNSEEN, tails
+from ..inference.checks import tails
 from ..inference.posterior import seeded
 from ..inference.progress import Progress
 from ..inference.psis import khat
@@ -104,16 +104,16 @@ class Evaluation:
     def _of_weights(self) -> list[str]:
         if not self.khat:
             return []
-        count = len(self.khat)
-        high = sum(value > LIMIT for value in self.khat) / count
-        low = sum(value > UNSEEN for value in self.unseen) / count
-        of = f"of {count} images ({self.khat_draws:,} draws each)"
+        high = sum(value > LIMIT for value in self.khat) / len(self.khat)
+        of = f"of {len(self.khat)} images ({self.khat_draws:,} draws each)"
         if high:
             first = f"k̂ is above {LIMIT} for {high:.1%} {of}: their IWAE bounds are low by an unknown amount."
         else:
             first = f"k̂ is at most {LIMIT} for all {of}: importance weights correct q(z|x)."
-        tails = f"weights beyond those drawn may carry more than {UNSEEN:.0%} of p(x)"
-        return [first, f"For {low:.1%} of them {tails}." if low else f"For none of them {tails}."]
+        hidden = [math.log1p(share) for share in self.unseen]
+        more = " or more" if max(self.unseen) == 1 else ""
+        worst = f"{sum(hidden) / len(hidden):.3f} nats{more} on average, {max(hidden):.3f}{more} for the worst image"
+        return [first, f"Weights beyond those drawn may raise these bounds by {worst}."]
 
     def _of_gap(self) -> list[str]:
         if self.gap is None:
