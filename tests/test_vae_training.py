@@ -54,13 +54,14 @@ def ran(data, **options):
 
 
 def parameters(state):
-    return torch.cat([p.detach().reshape(-1) for p in state.vae.parameters()])
+    module = getattr(state, "vae", state)
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
 @pytest.mark.parametrize("objective", ["elbo", "stl", "iwae", "dreg"])
 def test_every_objective_learns_the_stripes(data, objective):
     draws = 1 if objective in ("elbo", "stl") else 4
-    state = ran(data, epochs=50, objective=objective, draws=draws, lr=1e-2, warm_up=40)
+    state = ran(data, epochs=50, objective=objective, draws=draws, lr=1e-2, warm_up=40, flow_start=0)
     first, last = state.history[0], state.history[-1]
     assert last["valid_iwae"] > first["valid_iwae"] + 1
     assert last["elbo"] == pytest.approx(last["reconstruction"] - last["kl"], abs=1e-4)
@@ -101,6 +102,21 @@ def test_heads_and_conditioners_learn_at_the_rate_of_an_ordinary_linear_layer(da
     fast = [name for name, p in state.vae.named_parameters() if rates[id(p)] == pytest.approx(0.1 * 8**0.5)]
     assert fast and all(rate in (0.1, pytest.approx(0.1 * 8**0.5)) for rate in rates.values())
     assert any(name.endswith(weights) for name in fast) and all(name.startswith("posterior") for name in fast)
+
+
+@pytest.mark.parametrize("posterior", ["planar", "iaf", "diagonal"])
+def test_the_flow_begins_when_warm_up_ends(data, posterior):
+    """Until then its layers but the elementwise one are what they were; that one learns from the start."""
+
+    def moved(epochs):
+        state, images, run = start(data, posterior, epochs=4, warm_up=2)
+        before = [parameters(part) for part in state.vae.posterior.layers]
+        train(state, images, run.options, stop=lambda: (state.epoch + 1, state.step) == (epochs, 3))
+        return [not torch.equal(parameters(p), was) for p, was in zip(state.vae.posterior.layers, before, strict=True)]
+
+    assert Options(3, warm_up=2).flow_start == 1 and Options(9, warm_up=2).flow_start == 2
+    assert moved(2) == [False] * (len(moved(2)) - 1) + [True]
+    assert all(moved(3))
 
 
 def test_patience(data):
@@ -179,6 +195,7 @@ def test_bad_runs(data, tmp_path, capsys):
         (command(data, tmp_path / "a", "--posterior", "planr"), "posterior: expected one of"),
         (command(data, tmp_path / "a", "--latent", "0"), "latent: expected a positive integer"),
         (command(data, tmp_path / "a", "--lr", "-1"), "lr: expected a positive number"),
+        (command(data, tmp_path / "a", "--flow-start", "3"), "flow_start: expected less than the 3 epochs"),
         (command(data, tmp_path / "a", "--objective", "dreg"), "draws: expected an integer of at least 2, got 1"),
         (
             command(data, tmp_path / "a", "--posterior", "diagonal", "--layers", "2"),

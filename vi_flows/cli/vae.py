@@ -72,6 +72,7 @@ def train_command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = "constant",
     warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (half of all, at most 100).")] = None,
+    flow_start: Annotated[int | None, typer.Option(help="Epochs of a diagonal q (those of --warm-up).")] = None,
     beta: Annotated[float, typer.Option(help="The weight of the KL.")] = 1.0,
     free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = 0.0,
@@ -165,9 +166,9 @@ def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Ru
     """The state of a new run, from the command's options by name."""
     if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):
         raise ValueError(f"--out: expected a folder without a run, got {out}; add --resume or --overwrite")
+    if given["warm_up"] is None:  # without, units of z are lost at once
+        given["warm_up"] = min((given["epochs"] or Options.epochs) // 2, 100)
     options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
-    if given["warm_up"] is None:  # without, units of z are lost at once, and more of them with flows
-        options = dataclasses.replace(options, warm_up=min(options.epochs // 2, 100))
     binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
     asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
     asked |= {"key": given["key"], "shape": _shape(given["shape"])}

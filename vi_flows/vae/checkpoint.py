@@ -18,7 +18,7 @@ from ..inference.checkpoint import replacing
 from .model import VAE, Architecture, build
 from .training import Options, State, begin
 
-FORMAT = 1
+FORMAT = 2
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 NAMES = (LAST, PREVIOUS, BEST)
 PLAIN = ("epoch", "step", "totals", "seconds", "bad", "history")  # of a state, as JSON

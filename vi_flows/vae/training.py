@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import one_of, whole
+from ..flows.distribution import Flow
 from ..flows.networks import Conditioner
 from ..flows.parameters import Parametric
+from ..flows.univariate import Univariate
 from ..inference.training import DivergedError
 from .bounds import bound
 from .data import Images
@@ -43,6 +45,9 @@ class Options:
     optimizer, lr, schedule: "adam" or "adamax"; "constant", or "cosine" down to 0 over all epochs.
     warm_up: epochs over which the weight β of the KL rises from beta/warm_up to beta; without, a decoder may never
         begin to use z.
+    flow_start: epochs before the flow's layers begin to learn; until then they stay near the identity and q(z|x) is
+        diagonal, so that units of z are not lost to a q that adapts faster than the decoder. None: those of warm_up,
+        at most half of all.
     beta: 1 for the ELBO.
     free_bits: nats of KL, on average over a batch, that cost nothing (Kingma et al. 2016).
     clip: the largest norm of a gradient; 0 for none.
@@ -59,6 +64,7 @@ class Options:
     lr: float = 1e-3
     schedule: str = "constant"
     warm_up: int = 0
+    flow_start: int | None = None
     beta: float = 1.0
     free_bits: float = 0.0
     clip: float = 0.0
@@ -71,8 +77,13 @@ class Options:
     def __post_init__(self):
         for name, least in (("epochs", 1), ("batch", 1), ("draws", 1), ("valid_draws", 1)):
             whole(name, getattr(self, name), least)
-        for name in ("warm_up", "patience", "seed"):
+        if self.flow_start is None:
+            object.__setattr__(self, "flow_start", min(self.warm_up, self.epochs // 2))
+        for name in ("warm_up", "flow_start", "patience", "seed"):
             whole(name, getattr(self, name), 0)
+        if self.flow_start >= self.epochs:
+            given = f"expected less than the {self.epochs} epochs, got {self.flow_start}"
+            raise ValueError(f"flow_start: {given}; the flow would never learn")
         for name, least in (("lr", 1e-300), ("beta", 0.0), ("free_bits", 0.0), ("clip", 0.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
@@ -148,19 +159,29 @@ def begin(vae: VAE, options: Options) -> State:
 
 
 def parameter_groups(vae: VAE, lr: float) -> list[dict[str, Any]]:
-    """Parameters with their rates. Weights of the flow's heads and conditioners act divided by √fan-in: at √fan-in
-    times the rate they learn as an ordinary linear layer's do (at the bare rate heads lost 7 to 17 nats in the first
-    epochs, and an IAF half of what it gains over a Gaussian)."""
-    factors = {}
+    """Parameters by their rates, ``factor`` times lr, and by whether they are ``late``: see Options.flow_start.
+
+    Weights of the flow's heads and conditioners act divided by √fan-in: at √fan-in times the rate they learn as an
+    ordinary linear layer's do (at the bare rate heads lost 7 to 17 nats in the first epochs, and an IAF half of what it
+    gains over a Gaussian).
+    """
+    factors, late = {}, _late(vae.posterior)
     for module in vae.modules():
         if isinstance(module, Parametric) and hasattr(module, "weight"):
             factors[module.weight] = module.weight.shape[1] ** 0.5
         elif isinstance(module, Conditioner):
             factors[module.vector] = module.fan_in**0.5
-    groups = [{"params": [p for p in vae.parameters() if p not in factors], "factor": 1.0}]
-    for factor in sorted(set(factors.values())):
-        groups.append({"params": [p for p in factors if factors[p] == factor], "factor": factor})
-    return [{**group, "lr": lr * group["factor"]} for group in groups]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for p in vae.parameters():
+        groups.setdefault((factors.get(p, 1.0), p in late), []).append(p)
+    return [{"params": p, "factor": f, "late": waits, "lr": lr * f} for (f, waits), p in groups.items()]
+
+
+def _late(flow: Flow) -> set[nn.Parameter]:
+    """Parameters of all layers but the elementwise ones, by which alone q is diagonal; none where there are none."""
+    plain = [isinstance(layer, Parametric) and isinstance(layer.maths, Univariate) for layer in flow.layers]
+    layers = [layer for layer, each in zip(flow.layers, plain, strict=True) if any(plain) and not each]
+    return {p for layer in layers for p in layer.parameters()}
 
 
 def train(
@@ -201,8 +222,8 @@ def train(
 
 
 def out_of_patience(state: State, options: Options) -> bool:
-    since = state.epoch - max(state.best[0], options.warm_up)
-    return bool(options.patience) and state.epoch > options.warm_up and since >= options.patience
+    begun = max(options.warm_up, options.flow_start)
+    return bool(options.patience) and state.epoch - max(state.best[0], begun) >= options.patience
 
 
 def _batches(state: State, images: Images, options: Options) -> Iterator[Tensor]:
@@ -222,7 +243,8 @@ def _step(
     state.vae.train()
     epoch = state.epoch + state.step / steps
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(options, epoch) * group["factor"]
+        waiting = group["late"] and epoch < options.flow_start
+        group["lr"] = 0.0 if waiting else learning_rate(options, epoch) * group["factor"]
     noise = state.vae.posterior.base.noise((options.draws, len(x)))
     state.optimizer.zero_grad(set_to_none=True)
     value, parts = loss(processes.share(x), processes.share(noise, 1), kl_weight(options, epoch), len(x))
