@@ -14,14 +14,13 @@ from torch import Tensor
 from ..arguments import whole
 from ..flows.bases import Base
 from ..inference.posterior import seeded
-from .distributed import Workers
+from .distributed import ALONE, Workers
 
 if TYPE_CHECKING:
     from .model import VAE, Terms
 
 CHUNK = 1000  # draws that are decoded at once
 NUMBERS = 2**25  # that a decoder gives at once, at most: 256 levels of every pixel are many
-ALONE = Workers()
 
 
 def bound(

@@ -56,6 +56,9 @@ class Workers:
         return module if self.count == 1 else DistributedDataParallel(module)
 
 
+ALONE = Workers()
+
+
 @contextlib.contextmanager
 def workers() -> Iterator[Workers]:
     """The processes that torchrun has started, or this one alone.
@@ -63,7 +66,7 @@ def workers() -> Iterator[Workers]:
     Raises LostWorker, in one line, where another process has ended or does not answer.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Workers()
+        yield ALONE
         return
     backend, device = ("nccl", "cuda") if torch.cuda.is_available() else ("gloo", "cpu")
     if device == "cuda":

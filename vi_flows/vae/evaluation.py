@@ -15,8 +15,8 @@ from ..inference.checks import tails
 from ..inference.posterior import seeded
 from ..inference.progress import Progress
 from ..inference.psis import khat
-from .bounds import ALONE, CHUNK, blocks, bound, double, evaluating, log_mean
-from .distributed import Workers
+from .bounds import CHUNK, blocks, bound, double, evaluating, log_mean
+from .distributed import ALONE, Workers
 from .model import VAE, Terms
 from .refine import refine
 

@@ -24,7 +24,7 @@ from ..flows.univariate import Univariate
 from ..inference.training import DivergedError
 from .bounds import bound
 from .data import Images
-from .distributed import Workers
+from .distributed import ALONE, Workers
 from .model import VAE, Terms
 from .objectives import OBJECTIVES
 
@@ -77,11 +77,11 @@ class Options:
     def __post_init__(self):
         for name, least in (("epochs", 1), ("batch", 1), ("draws", 1), ("valid_draws", 1)):
             whole(name, getattr(self, name), least)
+        for name in ("warm_up", "patience", "seed"):
+            whole(name, getattr(self, name), 0)
         if self.flow_start is None:
             object.__setattr__(self, "flow_start", min(self.warm_up, self.epochs // 2))
-        for name in ("warm_up", "flow_start", "patience", "seed"):
-            whole(name, getattr(self, name), 0)
-        if self.flow_start >= self.epochs:
+        if whole("flow_start", self.flow_start, 0) >= self.epochs:
             given = f"expected less than the {self.epochs} epochs, got {self.flow_start}"
             raise ValueError(f"flow_start: {given}; the flow would never learn")
         for name, least in (("lr", 1e-300), ("beta", 0.0), ("free_bits", 0.0), ("clip", 0.0)):
@@ -109,9 +109,9 @@ class Loss(nn.Module):
     The loss is minus the objective, averaged over ``rows``, those of the whole batch, of which x are a process's share.
     """
 
-    def __init__(self, vae: VAE, options: Options, processes: Workers | None = None):
+    def __init__(self, vae: VAE, options: Options, processes: Workers = ALONE):
         super().__init__()
-        self.vae, self.free_bits, self.processes = vae, options.free_bits, processes or Workers()
+        self.vae, self.free_bits, self.processes = vae, options.free_bits, processes
         self.objective, self.path = OBJECTIVES[options.objective]
 
     def forward(self, x: Tensor, noise: Tensor, beta: float, rows: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def train(
     report: Callable[[State, int], None] = lambda state, steps: None,
     save: Callable[[State], None] = lambda state: None,
     stop: Callable[[], bool] = lambda: False,
-    processes: Workers | None = None,
+    processes: Workers = ALONE,
 ) -> bool:
     """Train from a state until its epochs are done or patience ends; returns whether it finished.
 
@@ -199,7 +199,6 @@ def train(
     asks to end. processes: those that share the work. Raises DivergedError where losses stay non-finite.
     """
     steps = math.ceil(len(images.train) / options.batch)
-    processes = processes or Workers()
     if options.precision == "mixed" and state.vae.posterior.device.type != "cuda":
         raise ValueError(f'precision: expected "full" on {state.vae.posterior.device}, got "mixed", which needs a GPU')
     if options.compile:
