@@ -18,7 +18,7 @@ from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .clock import Clock
 from .fit import threads as torch_threads
 from .initialise import DENSE_DIMS
-from .judge import CARRIED, CAVEATS, CONDITION, Verdict
+from .judge import CARRIED, CAVEATS, CONDITION, CORRECTED, Verdict
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -98,19 +98,19 @@ def anneal(
 def _afford(seconds: float, needed: float) -> None:
     if needed > seconds:
         raise ValueError(
-            f"annealing: expected at most {seconds:.0f} s, got about {needed:.0f} s or more to come; "
-            "posterior.anneal(progress=True) takes the time, or raise max_seconds="
+            f"annealing would take about {needed:.0f} s or more, and is given {seconds:.0f} s: "
+            "posterior.anneal(progress=True) takes the time that it needs"
         )
 
 
 def _sees_something(posterior: Posterior, schedule: list[Rung]) -> None:
     """Raise where weights failed but the pilot went from m to p in one step: it has not drawn what is wrong with m, and
     runs from there would not either, and agree with each other."""
-    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in CAVEATS]
+    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in (*CORRECTED, *CAVEATS)]
     if len(schedule) == 1 and posterior.verdict.status == "unreliable":
         raise ValueError(
-            f"annealing: expected a pilot that sees what is wrong ({', '.join(failed)}), got one temperature; "
-            "annealing would repeat the error: fit another flow=, or other coordinates"
+            f"annealing would repeat what is wrong ({', '.join(failed)}): its pilot sees one temperature from the "
+            "proposal to the target; fit another flow=, or in other coordinates"
         )
 
 
@@ -129,7 +129,7 @@ def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
         annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, **may)
     except ValueError as error:
         clock.lap("annealing")
-        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}"))
+        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}."))
     if annealed.verdict.status == "unreliable":
         reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
         return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)

@@ -107,22 +107,24 @@ def judge(
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
     log_weights, draws = own.log_w, own.x[:num_draws]
-    if len(log_weights) < REPEATS * num_draws:
-        more, n = _draw_flow(flow, target, REPEATS * num_draws - len(log_weights))
+    lacking = REPEATS * num_draws - len(log_weights)
+    if lacking > 0 and not _too_long(clock, each * lacking):
+        more, n = _draw_flow(flow, target, lacking)
         log_weights, skipped = torch.cat([log_weights, more.log_w]), skipped + n
         draws = torch.cat([draws, more.x])[:num_draws] if len(draws) < num_draws else draws
-    khats = [khat(log_w) for log_w in log_weights[: REPEATS * num_draws].split(num_draws)]
+    size = min(num_draws, len(log_weights) // REPEATS)
+    khats = [khat(log_w) for log_w in log_weights[: REPEATS * size].split(size)]
     centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
     half = T_90 * spread / math.sqrt(REPEATS)
     return Judgement(
         verdict=verdict,
         draws=draws,
-        log_weights=log_weights[:num_draws],
+        log_weights=log_weights[: len(draws)],
         proposal=pooled,
         khat=centre,
         khat_interval=(centre - half, centre + half),
         khat_spread=spread,
-        ess=effective_sample_size(log_weights[:num_draws]),
+        ess=effective_sample_size(log_weights[: len(draws)]),
         elbo=mean_elbo(log_weights),
         log_evidence=log_mean(pooled.log_w),
         log_evidence_se=_evidence_se(pooled, checks),
