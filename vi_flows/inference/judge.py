@@ -179,7 +179,7 @@ def _probed(
     if _claimed(checks + found):
         if _too_long(clock, PROBED * each):
             return [*found, _cut("local moves and lines far out were not looked at")]
-        found += [local_moves(proposal, target, pooled), proper(target, pooled)]
+        found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
     return found
 
 
