@@ -404,7 +404,7 @@ def test_the_clock():
     clock.began -= 5
     assert clock.left() == pytest.approx(5, abs=0.1) and clock.left(0.8, 3) == pytest.approx(1, abs=0.1)
     assert clock.left(0.1) == 0 and Clock(None).left() is None
-    assert [clock.training_share(s) for s in (0.0, 2.5, 9.0)] == pytest.approx([0.8, 0.7, 0.6])
+    assert [clock.training_share(s) for s in (0.0, 2.0, 9.0)] == pytest.approx([0.8, 0.7, 0.5])
     for share, cut in ((0.4, ["locating"]), (0.9, [])):
         clock.cut = []
         with clock.ending("locating", share):

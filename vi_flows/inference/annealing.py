@@ -141,11 +141,11 @@ def pilot(
 ) -> list[Rung]:
     """At most so many temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels.
 
-    afford: called at each with the seconds that this pilot and ``replicates`` runs will take, and free to raise.
+    afford: called after each move with the seconds that pilot and ``replicates`` runs will take, and free to raise.
     """
-    began, tuned = time.monotonic(), []
+    forecast = Forecast(replicates, afford or (lambda seconds: None))
     particles, _ = path.draw(FIRST * count)
-    drawn = time.monotonic() - began
+    forecast.drew()
     rungs, b, step = [], 0.0, 0.8 * path.base.dim**-0.25
     tril = torch.eye(path.base.dim, dtype=particles.x.dtype, device=particles.x.device)
     while b < 1:
@@ -161,18 +161,40 @@ def pilot(
         found = spread_of(z)
         tril = found.scale_tril[0] if len(found) else tril
         rung = Rung(b, tril, step, functools.partial(path.log_prob, b=b))
-        before = time.monotonic()
+        left = min(_temperatures_left(last, b, len(rungs) + 1), most - len(rungs) - 1)
         for k in range(TUNING):
             particles, rate = move(rung, path, particles)
             rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
+            forecast.moved(k + 1, left)
         step = rung.step
         rungs.append(rung)
-        if afford is not None:
-            tuned.append(time.monotonic() - before)
-            left = min(_temperatures_left(last, b, len(rungs)), most - len(rungs)) * tuned[-1]
-            runs = replicates * (drawn + SWEEPS / TUNING * (sum(tuned) + left))
-            afford(time.monotonic() - began + left + runs)
     return rungs
+
+
+class Forecast:
+    """The seconds that a pilot and ``replicates`` runs after it take, told to ``afford`` from what its moves took."""
+
+    def __init__(self, replicates: int, afford: Callable[[float], None]):
+        self.replicates, self.afford = replicates, afford
+        self.began = self.last = time.monotonic()
+        self.drawn = self.before = self.here = (
+            0.0  # seconds of the first draws, of moves at temperatures past, and here
+        )
+
+    def drew(self) -> None:
+        self.last = time.monotonic()
+        self.drawn = self.last - self.began
+
+    def moved(self, k: int, temperatures: int) -> None:
+        """After k moves at a temperature, that many temperatures before the last."""
+        now = time.monotonic()
+        self.here += now - self.last
+        left = self.here / k * (TUNING * (1 + temperatures) - k)
+        runs = self.drawn + SWEEPS / TUNING * (self.before + self.here + left)
+        self.afford(now - self.began + left + self.replicates * runs)
+        self.last = now
+        if k == TUNING:
+            self.before, self.here = self.before + self.here, 0.0
 
 
 def _temperatures_left(last: float, b: float, count: int) -> int:

@@ -15,7 +15,8 @@ from .weights import BLOCK, in_blocks, log_weights
 
 LOCATING_SHARE = 0.4  # of a limit, by when locating ends: what it misses no later stage finds
 TRAINING_SHARE = 0.8  # by when training ends, or sooner, for judging needs the rest:
-LEAST_TRAINING = 0.6  # but no sooner than this
+LEAST_TRAINING = 0.5  # but no sooner than this
+RESERVE = 1.5  # times the seconds that judging is told to take, kept for it: a machine may be busier then
 FLOOR = 15.0  # seconds that annealing may take, however quickly locating and training were done
 
 _until: contextvars.ContextVar[float] = contextvars.ContextVar("until", default=math.inf)
@@ -67,7 +68,7 @@ class Clock:
         """The share of the limit by when training ends, if judging takes so many seconds."""
         if self.limit is None:
             return TRAINING_SHARE
-        return min(max(1 - 1.2 * judging / self.limit, LEAST_TRAINING), TRAINING_SHARE)
+        return min(max(1 - RESERVE * judging / self.limit, LEAST_TRAINING), TRAINING_SHARE)
 
     def for_annealing(self) -> float:
         """Seconds that annealing may take: what is left of the limit, else as many as locating and training took."""

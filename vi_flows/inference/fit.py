@@ -24,12 +24,14 @@ from .judge import CONDITION, FIRST, PROBED, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
+from .psis import import_arviz
 from .start import FlowChoice, Start, Starts, starts
 from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
+CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
 CHECKED = 32  # points on which a target is checked first
 
 
@@ -196,11 +198,12 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
 
 def _forecast(found: Starts, target: Target, options: Options, bar: Progress) -> float:
     """Seconds that judging will take, and, shown, those of training at most: by a step and a thousand draws."""
+    import_arviz()  # which judging would do, at the cost of seconds
     with seeded(0):
         each = draw_seconds(found.flows[0].flow, target)
         steps = [(s.flow, options.steps if s.steps is None else s.steps) for s in found.flows]
         training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
-    judging = each * (2 * FIRST + PROBED)
+    judging = each * (1.5 * FIRST + PROBED) + CHECKING
     bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
     return judging
 

@@ -46,7 +46,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.bar.print(text)
+        if self.shown:
+            self.bar.print(text)
 
     def advance(self, count: int = 1) -> None:
         """So many more of the stage's total are done."""
