@@ -23,7 +23,8 @@ Values = dict[str, Tensor]
 class ModelRun:
     """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
 
-    params: constants for the model's pyro.param sites, by name; the parameter store is left alone.
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. centring: None, or
+    which sites are given by coordinates (:class:`pyro_centring.Centring`) where a density is asked for.
     """
 
     def __init__(
@@ -40,15 +41,21 @@ class ModelRun:
         self.kwargs: dict = cast(kwargs, dtype, device)
         self.dtype = dtype
         self.params: Values = {}
+        self.centring: Any = None
 
     def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
         """The model's default dtype, and validation off unless asked for; the user's are restored on leaving."""
         return settings(self.dtype, validate)
 
-    def trace(self, values: Values | None = None) -> poutine.Trace:
-        """The trace of one run, with the given latent values or with draws from the prior. Call under settings()."""
+    def trace(
+        self, values: Values | None = None, given: contextlib.AbstractContextManager | None = None
+    ) -> poutine.Trace:
+        """The trace of one run, with the given latent values (by values, or by a handler) or with draws from the prior.
+        Call under settings()."""
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(poutine.trace())
+            if given is not None:
+                stack.enter_context(given)
             if values is not None:
                 stack.enter_context(poutine.condition(data=values))
             if self.params:
@@ -62,17 +69,28 @@ class ModelRun:
         with self.settings(validate), store.scope(store.get_state()), torch.no_grad(), _PriorDraws(self.dtype):
             return self.trace()
 
+    def _at(self, values: Values) -> tuple[poutine.Trace, Any]:
+        """The trace at values, or at coordinates of the sites that ``centring`` names, and the handler that does it."""
+        if self.centring is None:
+            return self.trace(values), None
+        given = self.centring.given(values)
+        plain = {name: value for name, value in values.items() if name not in self.centring.sites}
+        return self.trace(plain, given), given
+
     def log_joint(self, values: Values) -> Tensor:
         """log p(values, data) of one point, a scalar. Call under settings()."""
-        return torch.as_tensor(self.trace(values).log_prob_sum(_counts))
+        trace, given = self._at(values)
+        total = torch.as_tensor(trace.log_prob_sum(_counts))
+        return total if given is None else sum((part.sum() for part in given.log_det), total)
 
     def log_joint_in_plate(self, values: Values, dim: int) -> Tensor:
         """log p(values, data) (N,) of values with the particles at plate dimension `dim`. Call under settings()."""
         count = len(next(iter(values.values())))
         with pyro.plate("_particles", count, dim=dim):
-            trace = self.trace(values)
+            trace, given = self._at(values)
         trace.compute_log_prob(_counts)
-        total = torch.zeros(())
+        log_det = [] if given is None else given.log_det
+        total = sum((part.reshape(count, -1).sum(-1) for part in log_det), torch.zeros(()))
         for site in trace.nodes.values():
             if "log_prob" in site:
                 log_p = site["log_prob"]
@@ -84,9 +102,18 @@ class ModelRun:
         return total
 
     def deterministic(self, values: Values) -> Values:
-        """The pyro.deterministic sites at one point. Call under settings()."""
-        nodes = self.trace(values).nodes
-        return {name: site["value"] for name, site in nodes.items() if is_deterministic(site)}
+        """The pyro.deterministic sites at one point, and those given by coordinates. Call under settings()."""
+        trace, given = self._at(values)
+        found = {name: site["value"] for name, site in trace.nodes.items() if is_deterministic(site)}
+        return found if given is None else found | given.values
+
+    def coordinates(self, values: Values) -> Values:
+        """The coordinates, at one point's values, of the sites that ``centring`` names. Call under settings()."""
+        return self.centring.coordinates(self.trace(values).nodes)
+
+    def translated(self, values: Values, degrees: Values) -> Values:
+        """Coordinates at other degrees of the sites that ``centring`` names, at one point. Call under settings()."""
+        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self._at(values)[1].noise.items()}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
+from .pyro_centring import centrable, frame_of
 from .pyro_refusals import (
     check_data_support,
     check_latent,
@@ -89,9 +90,13 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sites of a model: latent ones in the order of x, data, deterministic ones; and how deep its plates nest."""
+    """The sites of a model: latent ones in the order of x, data, deterministic ones; how deep its plates nest.
+
+    centrable: the names of latent sites whose location or scale is latent too, and whether that scale is a matrix.
+    """
 
     sites: tuple[Site, ...]
+    centrable: dict[str, bool]
     observed: Values
     deterministic: dict[str, torch.Size]
     plate_nesting: int
@@ -128,6 +133,11 @@ def inspect_model(run: ModelRun) -> Layout:
         raise ValueError("model: expected at least one latent coordinate, got latent sites without entries")
     return Layout(
         tuple(sites),
+        {
+            site.name: frame_of(nodes[site.name]["fn"]).tril is not None
+            for site in sites
+            if site.free is None and centrable(nodes[site.name], [other[site.name] for other in others])
+        },
         {name: site["value"] for name, site in nodes.items() if is_data(site)},
         {name: site["value"].shape for name, site in nodes.items() if is_deterministic(site)},
         max([_nesting(site) for site in nodes.values()], default=0),
