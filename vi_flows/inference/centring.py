@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..targets import PyroModel, Target
-from .gaussian import Gaussians, distinct, from_covariance, gaussian_vi, join
-from .initialise import DENSE_DIMS, basins, pathfinder, start_points
+from .gaussian import Gaussians, from_covariance, gaussian_vi, join
+from .initialise import DENSE_DIMS, pathfinder, start_points
 from .lowrank_locating import locate_large
 from .optimise import bfgs_paths
 from .weights import mean_elbo
@@ -45,20 +45,15 @@ def choose_centring(target: Target, device: torch.device | str | None) -> tuple[
 
 
 def first_gaussian(target: Target, starts: Tensor) -> Gaussians:
-    """One Gaussian of a high ELBO: Pathfinder, Laplace and a short Gaussian VI, without further starts."""
+    """One Gaussian of a high ELBO: Pathfinder and a short Gaussian VI, without optima and further starts."""
     dim = starts.shape[1]
     if dim > DENSE_DIMS:
         found, _ = locate_large(target, starts)
     else:
-        ends, record = bfgs_paths(target, starts)
-        _, optima, _ = basins(target, ends)
-        found = join([pathfinder(target, record), optima])
-        best = distinct(found, found.elbo(target, torch.randn(256, dim).to(starts)), limit=3)
-        if not best:
-            raise ValueError(
-                "log_prob: expected finite values near some start, got none; pass init= a point where p > 0"
-            )
-        found = join([found.pick(best), gaussian_vi(target, found.pick(best), ITERATIONS)])
+        found = pathfinder(target, bfgs_paths(target, starts)[1], keep=3)
+        if not len(found):
+            raise ValueError("log_prob: expected finite values near some start, got none; pass init= where p > 0")
+        found = join([found, gaussian_vi(target, found, ITERATIONS)])
     log_w = found.log_weights(target, torch.randn(DRAWS, dim).to(starts))
     elbos = [mean_elbo(column) for column in log_w.unbind(1)]
     return found.pick([elbos.index(max(elbos))])

@@ -16,6 +16,7 @@ from .annealing import KEPT, MOST_RUNGS, Path, Run, Rung, pilot, run
 from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .fit import threads as torch_threads
 from .judge import CARRIED, CAVEATS, Verdict
+from .necks import necks
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -103,6 +104,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
         _agreement(posterior, level, se),
         *_steps(runs),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *necks(posterior.target, weights),
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (

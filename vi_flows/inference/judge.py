@@ -13,6 +13,7 @@ from ..flows.distribution import Flow
 from ..targets.target import Target, check_finite
 from .checks import Check, of_weights
 from .gaussian import Gaussians
+from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 from .psis import khat
@@ -83,7 +84,8 @@ def judge(
     - mass outside q: |log Ẑ_m − log Ẑ_q| + 2 se < 0.02; divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05; own draws:
       means of unweighted draws of q within 0.1 sd, and those probabilities within .015/.03/.015, of the weighted ones;
     - unseen basins: none of ``probes``, ends of paths from starts that m was not built from, holds mass unseen;
-    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out.
+    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out;
+      necks: moves of scales together with what they spread leave them as they are.
 
     All: reliable. All but the fourth: corrected, by resampling from m. Else: unreliable. ``attempt`` i, the i-th fit of
     one target to be judged, spends 2^(1−i) of the first one's error rate.
@@ -139,7 +141,7 @@ def _probed(
     """The checks that ask the target anew; those that cost something only where all else passes."""
     found = [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
     if _claimed(checks + found):
-        found += [local_moves(proposal, target, pooled), proper(target, pooled)]
+        found += [local_moves(proposal, target, pooled), proper(target, pooled), *necks(target, pooled)]
     return found
 
 

@@ -72,6 +72,12 @@ class Frame:
             return (-degree * self.tril.diagonal(dim1=-2, dim2=-1).log()).expand_as(z)
         return torch.zeros_like(z) if self.scale is None else (-degree * self._scale().log()).expand_as(z)
 
+    def log_scale(self) -> Tensor:
+        """The logarithm of the scale of values: log s, or of a matrix's diagonal, or, on (0, ∞), the location."""
+        if self.tril is not None:
+            return self.tril.diagonal(dim1=-2, dim2=-1).log()
+        return self.loc if self.scale is None else self._scale().log()
+
     def _scale(self) -> Tensor:
         return self.scale.clamp_min(TINY)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .capture import WAIT, Captured
-from .pyro_centring import Centring
+from .pyro_centring import Centring, Frame
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
 from .pyro_sites import Layout, Site, inspect_model
 
@@ -117,6 +117,23 @@ class PyroModel:
             with seeded(0):
                 other._choose_mode()
         return other
+
+    def scales(self) -> list[int]:
+        """The coordinates on which scales of sites in ``centrable`` depend, those of the smallest sites first."""
+        apart = self.recentred({name: 0.0 for name in self.centrable})
+        with seeded(0):
+            x = apart.prior(1)
+        with self._run.settings(), torch.enable_grad():
+            x = x.to(dtype=self.dtype, device=self.device).requires_grad_()
+            row = {name: value[0] for name, value in apart._transform(x)[0].items()}
+            frames = [frame for frame, _ in apart._run.noise(row).values()]
+            total = sum((torch.rand_like(s) * s).sum() for s in map(Frame.log_scale, frames))
+            if not total.requires_grad:  # only locations are latent
+                return []
+            (gradient,) = torch.autograd.grad(total, x, allow_unused=True, materialize_grads=True)
+        moves = (gradient[0] != 0).tolist()
+        sites = sorted(self.sites, key=lambda site: site.stop - site.start)
+        return [i for site in sites for i in range(site.start, site.stop) if moves[i]]
 
     def is_matrix(self, name: str) -> bool:
         """Whether the scale of a site in ``centrable`` is a matrix."""

@@ -113,7 +113,11 @@ class ModelRun:
 
     def translated(self, values: Values, degrees: Values) -> Values:
         """Coordinates at other degrees of the sites that ``centring`` names, at one point. Call under settings()."""
-        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self._at(values)[1].noise.items()}
+        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self.noise(values).items()}
+
+    def noise(self, values: Values) -> dict[str, Any]:
+        """Frame and noise, at one point, of each site that ``centring`` names. Call under settings()."""
+        return self._at(values)[1].noise
 
 
 @contextlib.contextmanager
