@@ -44,6 +44,10 @@ class Funnel:
     projector: Tensor | None = None
     rank: int = 0
 
+    def scales(self, j: int) -> bool:
+        """Whether coordinate j takes part in the directions that are scaled."""
+        return self.projector is not None and bool(self.projector[j, j] != 0)
+
     def moved(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, dim) moved by δ (N,), and the log-determinant b δ rank (N,)."""
         y = x.clone()
@@ -178,7 +182,11 @@ def funnels(target: Target, x: Tensor) -> list[Funnel]:
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
     found = [_funnel(v, ends[v] / sd, curvature[:, v], gradient[:, v], sd) for v in range(dim)]
-    return sorted((f for f in found if f is not None), key=lambda f: -f.rank)[:SCALES]
+    kept: list[Funnel] = []
+    for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
+        if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
+            kept.append(funnel)
+    return kept[:SCALES]
 
 
 def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
