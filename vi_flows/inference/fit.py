@@ -17,9 +17,10 @@ from torch import Tensor
 from ..arguments import whole
 from ..flows.distribution import Flow
 from ..targets import PyroModel, Target, check_target, resolve_target, settle_dtype
+from ..targets.values import told_of_values
 from .centring import choose_centring
 from .initialise import DENSE_DIMS, joined
-from .judge import CONDITION, Judgement, judge
+from .judge import CARRIED, CONDITION, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import improper
@@ -217,7 +218,7 @@ def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
     from .correct import anneal  # it corrects what this module makes
 
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or CONDITION in failed or improper(posterior.target):
+    if posterior.verdict.status != "unreliable" or set(CARRIED) & set(failed) or improper(posterior.target):
         return posterior
     if posterior.flow.dim > DENSE_DIMS:
         note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
@@ -337,7 +338,8 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
         )
     if judgement.skipped:
         notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
-    return tuple(notes)
+    notes += target.account() if hasattr(target, "account") else []
+    return (*notes, *told_of_values(target, judgement.proposal.x, judgement.proposal.log_p))
 
 
 class Clock:

@@ -13,11 +13,14 @@ from torch import Tensor
 from .capture import WAIT, Captured
 from .pyro_centring import Centring, Frame
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
-from .pyro_sites import Layout, Site, inspect_model
+from .pyro_sites import Layout, Site, account, inspect_model
+from .values import believed
 
 TRIAL_SCALE = 0.5
 NEAR_TRIALS, PRIOR_TRIALS = 5, 2
 BLOCK = 4096
+AGREES = "agrees with single evaluations"
+ROWS_OF_A_FIT = 600_000  # gradients, about, by which a loop's time is foretold: 1,500 steps of 256, and what is around
 # vmap against single evaluations, relative: above the rounding of an ill-conditioned Cholesky, below a wrong shape
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 
@@ -31,13 +34,14 @@ class PyroModel:
     are cast to float64, and the model runs under default dtype float64 with validation off; both are restored. A model
     that fails in float64 because of float32 tensors of its own runs in float32. pyro.param sites are constants.
 
-    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; deterministic,
-    those sites' names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against
-    single evaluations here); failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say):
-    they have log p = -inf; nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's
-    arithmetic overflows far out; capture, whether batches of a size that comes up often are evaluated by the recorded
-    tensor operations of one such batch (see ``capture.py``): "auto", False, or True for every batch from the first on;
-    capture_refused, why they cannot be. What else the model reads counts as constant until :meth:`forget`.
+    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; factors and
+    deterministic, those sites' names; fixed, pyro.param sites and a module's parameters with their values; mode and
+    mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against single evaluations here);
+    failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say): they have log p = -inf;
+    nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's arithmetic overflows far out;
+    capture, whether batches of a size that comes up often are evaluated by the recorded tensor operations of one such
+    batch (see ``capture.py``): "auto", False, or True for every batch from the first on; capture_refused, why they
+    cannot be. What else the model reads counts as constant until :meth:`forget`.
     centrable, the names of latent sites whose location or scale depends on other latent sites; degrees, by name, the
     degrees of centring of those that :meth:`recentred` gave coordinates of their own.
 
@@ -73,6 +77,8 @@ class PyroModel:
             self.centrable = list(layout.centrable)
             self.degrees: Values = {}
             self.observed: Values = layout.observed
+            self.factors = list(layout.factors)
+            self.fixed: Values = self._run.fixed()
             self.deterministic = list(layout.deterministic)
             self._captured = Captured(self._evaluate)
             self.mode, self.mode_reason = "loop", ""
@@ -161,7 +167,12 @@ class PyroModel:
         self._captured.forget()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,) in x's dtype; -inf, counted, for rows at which the model raises."""
+        """log p of each row of x (N, dim), as (N,) in x's dtype; -inf where it is above values.BELIEVED, and, counted,
+        for rows at which the model raises."""
+        return believed(self.as_computed(x))
+
+    def as_computed(self, x: Tensor) -> Tensor:
+        """log p of each row of x (N, dim), as (N,), whatever the model's arithmetic gives."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
         inside = x.to(dtype=self.dtype, device=self.device)
@@ -249,6 +260,10 @@ class PyroModel:
         """A name for each coordinate of x: 'tau', 'theta[3]', 'b[1,2]' (positions in the unconstrained value)."""
         return [name for site in self.sites for name in site.coordinate_names()]
 
+    def account(self) -> list[str]:
+        """Sentences on what the model was given: its data, or that it has none, and what is held fixed."""
+        return account(self.observed, self.factors, self.fixed)
+
     def _transform(self, x: Tensor) -> tuple[Values, Tensor | None]:
         """The latent values, each (N, *shape), and log|det dT/dx| (N,), None for the identity.
 
@@ -332,20 +347,27 @@ class PyroModel:
         """The first of vmap and particle plate that agrees with single evaluations; else the loop, with a warning."""
         with torch.no_grad(), self._run.settings():
             values, singles = self._trial()
-            reasons = []
-            for self.mode in ("vmap", "plate"):
+            reasons: dict[str, str] = {}
+            for self.mode, self._run.fills in (("vmap", False), ("vmap", True), ("plate", False)):
                 try:
                     batch = self._log_joint(values)
                 except Exception as error:  # anything may come out of a model that was not written for it
-                    reasons.append(f"{self.mode}: {first_line(error)}")
+                    reasons.setdefault(self.mode, f"{self.mode}: {first_line(error)}")
                     continue
                 tolerance = AGREEMENT[self.dtype]
                 if torch.allclose(batch, singles, rtol=tolerance, atol=tolerance, equal_nan=True):
-                    self.mode_reason = "; ".join(reasons) or "agrees with single evaluations"
+                    filled = f"{AGREES}; tensors that it fills join the batch"
+                    self.mode_reason = filled if self._run.fills else "; ".join(reasons.values()) or AGREES
                     return
-                reasons.append(f"{self.mode}: differs from single evaluations")
-        self.mode, self.mode_reason = "loop", "; ".join(reasons)
-        warnings.warn(f"PyroModel: evaluating row by row, which is slow ({self.mode_reason})", stacklevel=4)
+                reasons.setdefault(self.mode, f"{self.mode}: differs from single evaluations")
+            self.mode, self.mode_reason = "loop", "; ".join(reasons.values())
+            seconds = self._run.seconds(values)
+        warnings.warn(
+            f"PyroModel: evaluating row by row, {1e3 * seconds:.2g} ms each, so that a default fit takes some "
+            f"{max(seconds * ROWS_OF_A_FIT / 60, 1):.0f} minutes ({self.mode_reason}); write what vmap refuses as "
+            "operations on whole tensors, or pass max_seconds= (or fewer steps=, particles=)",
+            stacklevel=4,
+        )
 
     def _trial(self) -> tuple[Values, Tensor]:
         """Latent values at a few points and their log p one by one; refuses a model that is random at fixed values."""

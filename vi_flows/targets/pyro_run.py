@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # What the numbers of one row can raise; at run time anything else is a mistake in the program and is left alone.
 # Adaptive ODE solvers assert that their step has not underflowed.
@@ -23,8 +25,10 @@ Values = dict[str, Tensor]
 class ModelRun:
     """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
 
-    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. centring: None, or
-    which sites are given by coordinates (:class:`pyro_centring.Centring`) where a density is asked for.
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. fills: whether
+    tensors that the model makes by torch.zeros and the like join the batch under vmap, so that it may write into them.
+    centring: None, or which sites are given by coordinates (:class:`pyro_centring.Centring`) where a density is asked
+    for.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class ModelRun:
         self.dtype = dtype
         self.params: Values = {}
         self.centring: Any = None
+        self.fills = False
 
     def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
         """The model's default dtype, and validation off unless asked for; the user's are restored on leaving."""
@@ -58,6 +63,9 @@ class ModelRun:
                 stack.enter_context(given)
             if values is not None:
                 stack.enter_context(poutine.condition(data=values))
+                if self.fills:
+                    every = values if given is None else values | given.given
+                    stack.enter_context(_Filled(next(iter(every.values()))))
             if self.params:
                 stack.enter_context(poutine.substitute(data=self.params))
             self.model(*self.args, **self.kwargs)
@@ -100,6 +108,25 @@ class ModelRun:
                     )
                 total = total + log_p.reshape(count, -1).sum(-1)
         return total
+
+    def fixed(self) -> Values:
+        """What the model reads as constants though it could be learnt: pyro.param sites, parameters of a module."""
+        own = self.model.named_parameters() if isinstance(self.model, torch.nn.Module) else ()
+        values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
+        return values | self.params
+
+    def seconds(self, values: Values) -> float:
+        """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""
+        taken = []
+        for i in range(min(3, len(next(iter(values.values()))))):
+            row = {name: value[i].clone().requires_grad_() for name, value in values.items()}
+            began = time.perf_counter()
+            with torch.enable_grad():
+                log_p = self.log_joint(row)
+                if log_p.requires_grad:
+                    torch.autograd.grad(log_p, list(row.values()), allow_unused=True)
+            taken.append(time.perf_counter() - began)
+        return min(taken)
 
     def deterministic(self, values: Values) -> Values:
         """The pyro.deterministic sites at one point, and those given by coordinates. Call under settings()."""
@@ -239,8 +266,35 @@ def is_data(site: dict[str, Any]) -> bool:
     return not site["infer"].get("is_auxiliary") and isinstance(site["value"], Tensor)
 
 
+def is_factor(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a pyro.factor."""
+    return site["type"] == "sample" and site["is_observed"] and isinstance(base_of(site["fn"]), dist.Unit)
+
+
 def _counts(name: str, site: dict[str, Any]) -> bool:
     return not (is_plate(site) or site["infer"].get("_deterministic"))
+
+
+class _Filled(TorchFunctionMode):
+    """Tensors made by torch.zeros and the like, in the dtype of ``like``, become batched as ``like`` is under vmap.
+
+    vmap cannot write batched numbers into a plain tensor, as distributions and models do that fill one entry by entry
+    (OrderedLogistic, a filter over time).
+    """
+
+    MAKERS = frozenset(
+        getattr(owner, prefix + name + suffix)
+        for name in ("zeros", "ones", "empty", "full")
+        for owner, prefix, suffix in ((torch, "", ""), (torch, "", "_like"), (Tensor, "new_", ""))
+    )
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.zero = torch.zeros_like(like.detach().reshape(-1)[:1].sum())
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + self.zero if func in self.MAKERS and out.dtype == self.zero.dtype else out
 
 
 class _PriorDraws(poutine.messenger.Messenger):
