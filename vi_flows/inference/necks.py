@@ -18,6 +18,7 @@ from .psis import resampling_weights
 from .quantities import resample
 from .weights import Weights, log_density
 
+NECKS = "necks"  # the name of the check
 MOVED = 4000  # draws that are moved: the share below a 5 % point is then certain to .004
 EVALUATIONS = 200_000  # of the target in all: with fewer rounds a neck of fifty children is walked down in part only
 ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
@@ -146,7 +147,7 @@ def _judged(target: Target, columns: list[int], draws: Tensor, moved: Tensor) ->
     sentence = f"moves of scales with all that they spread shift {name} by {statistic:.2f} times what is allowed"
     if not statistic < 1:
         sentence = _missing(target, name, columns[k], draws, down=float(errors[0][k]) < 0)
-    return Check("necks", statistic, 1.0, statistic < 1, sentence)
+    return Check(NECKS, statistic, 1.0, statistic < 1, sentence)
 
 
 def _missing(target: Target, name: str, column: int, draws: Tensor, down: bool) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..targets.target import Target
 from ..targets.values import BELIEVED
+from .clock import late
 from .weights import BLOCK
 
 ARMIJO, WOLFE = 1e-4, 0.9
@@ -122,7 +123,7 @@ def bfgs_paths(
             record.append(at[active].copy())
             due = max(k + 1, 1.3 * due)
         active = active[going]
-        if not len(active):
+        if not len(active) or late():
             break
         if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
             active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
@@ -201,7 +202,7 @@ def newton(
             moved[left[better]] = True
             left = left[~better]
         going = going[moved]
-        if not len(going):
+        if not len(going) or late():
             break
         hessian[going] = hessians(target, x[going], scale[going])
     return x, value, hessian
