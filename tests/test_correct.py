@@ -14,8 +14,8 @@ from vi_flows.flows.parameters import Fixed
 from vi_flows.inference import annealing, correct
 from vi_flows.inference.checks import Check
 from vi_flows.inference.clock import Clock
-from vi_flows.inference.judge import CARRIED
 from vi_flows.inference.gaussian import Gaussians
+from vi_flows.inference.judge import CARRIED
 from vi_flows.inference.progress import Progress
 from vi_flows.inference.proposal import DefensiveProposal
 

@@ -19,14 +19,14 @@ from .quantities import resample
 from .weights import Weights, log_density
 
 NECKS = "necks"  # the name of the check
-MOVED = 4000  # draws that are moved: the share below a 5 % point is then certain to .004
-EVALUATIONS = 100_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
+MOVED = 10_000  # draws that are moved: the share below a 5 % point is then certain to .003
+EVALUATIONS = 120_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
 ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
 SCALES = 12  # that are moved, of the sites with the fewest entries first: the more, the fewer rounds
 ERROR = 0.001  # of the check, over all quantities together
 MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be off
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
-FALLS = 0.5  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
+FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
 MOST_DIMS = 150  # up to which every coordinate is looked at as a scale: each takes four Hessians
 
