@@ -25,8 +25,9 @@ Values = dict[str, Tensor]
 class ModelRun:
     """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
 
-    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. fills: whether
-    tensors that the model makes by torch.zeros and the like join the batch under vmap, so that it may write into them.
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. held: the same by
+    names that tell modules apart, as the first run had them. fills: whether tensors that the model makes by torch.zeros
+    and the like join the batch under vmap, so that it may write into them.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ModelRun:
         self.kwargs: dict = cast(kwargs, dtype, device)
         self.dtype = dtype
         self.params: Values = {}
+        self.held: Values = {}
         self.fills = False
 
     def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -93,7 +95,7 @@ class ModelRun:
         """What the model reads as constants though it could be learnt: pyro.param sites, parameters of a module."""
         own = self.model.named_parameters() if isinstance(self.model, torch.nn.Module) else ()
         values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
-        return values | self.params
+        return values | self.held
 
     def seconds(self, values: Values) -> float:
         """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""
