@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from ..targets.values import as_computed
 from .weights import in_blocks
 
 DISTANCES = tuple(10.0**k for k in range(1, 13))
@@ -31,7 +32,8 @@ def slow_rays(target: Target) -> list[tuple[str, float]]:
     origin = OFFSET * torch.randn(dim, **like)
     steps = torch.cat([torch.eye(dim, **like), -torch.eye(dim, **like)])
     points = origin + torch.tensor(DISTANCES, **like)[:, None, None] * steps
-    log_p = in_blocks(target.log_prob, points.reshape(-1, dim)).reshape(len(DISTANCES), 2 * dim)
+    log_p = in_blocks(lambda rows: as_computed(target, rows), points.reshape(-1, dim))
+    log_p = log_p.reshape(len(DISTANCES), 2 * dim)
     names = coordinate_names(target)
     found = []
     floor = float(log_p[log_p < torch.inf].nan_to_num(-torch.inf).max()) - WITHIN if (log_p < torch.inf).any() else 0.0
