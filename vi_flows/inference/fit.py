@@ -168,7 +168,7 @@ def prepare(target: Target, options: Options) -> Target:
             target = copy.copy(target)
             target.capture = options.capture
     if options.dtype is None:
-        target = settle_dtype(target, points)
+        return settle_dtype(target, points)
     check_target(target, points)
     return target
 

@@ -25,10 +25,10 @@ Values = dict[str, Tensor]
 class ModelRun:
     """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
 
-    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. fills: whether
-    tensors that the model makes by torch.zeros and the like join the batch under vmap, so that it may write into them.
-    centring: None, or which sites are given by coordinates (:class:`pyro_centring.Centring`) where a density is asked
-    for.
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. held: the same by
+    names that tell modules apart, as the first run had them. fills: whether tensors that the model makes by torch.zeros
+    and the like join the batch under vmap, so that it may write into them. centring: None, or which sites are given by
+    coordinates (:class:`pyro_centring.Centring`) where a density is asked for.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class ModelRun:
         self.dtype = dtype
         self.params: Values = {}
         self.centring: Any = None
+        self.held: Values = {}
         self.fills = False
 
     def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -113,7 +114,7 @@ class ModelRun:
         """What the model reads as constants though it could be learnt: pyro.param sites, parameters of a module."""
         own = self.model.named_parameters() if isinstance(self.model, torch.nn.Module) else ()
         values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
-        return values | self.params
+        return values | self.held
 
     def seconds(self, values: Values) -> float:
         """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.params import user_param_name
+from pyro.params.param_store import normalize_param_name, user_param_name
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
@@ -196,6 +196,7 @@ def _prior_nodes(run: ModelRun) -> dict[str, Node]:
                 ) from error
     params = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
     run.params = run.params or {user_param_name(name): value.detach().to(run.dtype) for name, value in params.items()}
+    run.held = run.held or {normalize_param_name(name): value.detach() for name, value in params.items()}
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
