@@ -375,6 +375,25 @@ def test_a_plateau_too_low_for_any_draw_to_weigh_is_still_improper():
     assert "x[0]" in failed[0].sentence and "improper" in failed[0].sentence
 
 
+def test_a_plateau_along_a_combination_is_improper():
+    """As above along (3, 0, −4)/5, between two other scales; only its normal part is seen by draws."""
+    basis = torch.tensor([[3.0, 0.0, -4.0], [4.0, 0.0, 3.0], [0.0, 5.0, 0.0]]).double() / 5
+    scales = torch.tensor([1.0, 0.5, 2.0]).double()
+
+    def log_p(x):
+        z = x @ basis.mT
+        flat = torch.full_like(x[:, 0], -20.0)
+        return torch.logaddexp(log_normal(z[:, :1], scales[:1]), flat) + log_normal(z[:, 1:], scales[1:])
+
+    tril = (basis.mT * scales)[None]
+    mode = Gaussians(torch.zeros(1, 3).double(), torch.linalg.cholesky(tril @ tril.mT), (FRESH,))
+    flow = Flow([Fixed(LowerTriangular, shift=mode.loc[0], scale_tril=mode.scale_tril[0])], StandardNormal(3)).double()
+    verdict = _judged(flow, vf.LogDensity(log_p, dim=3), modes=mode)
+    failed = [check for check in verdict.checks if not check.passed]
+    assert verdict.status == "unreliable" and [check.name for check in failed] == ["proper"]
+    assert "along 0.80 x[2] − 0.60 x[0], hold" in failed[0].sentence
+
+
 @pytest.mark.parametrize("df", [1.0, 3.0])
 def test_heavy_but_proper_tails_are_not_called_improper(df):
     law = torch.distributions.StudentT(df)

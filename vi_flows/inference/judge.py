@@ -183,7 +183,7 @@ def _probed(
     if _claimed(checks + found):
         if _too_long(clock, PROBED * each):
             return [*found, _cut("local moves, lines far out and necks were not looked at")]
-        found += [local_moves(proposal, target, pooled), proper(target, pooled), *necks(target, pooled)]
+        found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes), *necks(target, pooled)]
     return found
 
 

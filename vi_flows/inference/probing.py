@@ -16,7 +16,7 @@ from .checks import Check
 from .gaussian import Gaussians, spread_of
 from .initialise import FRESH
 from .proposal import MODE_DF, DefensiveProposal
-from .propriety import coordinate_names, far_shares
+from .propriety import combination, coordinate_names, far_shares
 from .psis import resampling_weights
 from .quantities import flatten, resample, vary
 from .weights import Weights, in_blocks, log_density, log_mean
@@ -28,7 +28,7 @@ MARGIN = 1.0  # nats above the largest log-weight seen, from where a probe lies 
 BASIN = 0.01  # of the mass, which an unseen basin must seem to hold to count
 FAR_SHARE = 0.05  # of the mass, on average over draws, that lines through them may have far out
 LINES = 200  # in all, and at least 4 draws to a direction
-COORDINATES = 50  # along which they go, drawn by chance among more
+COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
 EACH = 256  # draws around a suspect, to tell its mass
 SHOWN = 4  # numbers in one sentence
 SYMMETRIC = 0.01  # in sd and in nats, within which two modes are each other's images
@@ -120,18 +120,24 @@ def symmetric_modes(target: Target, modes: Gaussians) -> str:
     return f"{count} modes are permutations or sign flips of each other: labels or signs switch, averages say little"
 
 
-def proper(target: Target, pooled: Weights) -> Check:
+def proper(target: Target, pooled: Weights, modes: Gaussians | None = None) -> Check:
     """Whether lines through weighted draws hold mass far out, where no draw went; along an improper direction all do.
 
-    Lines along the coordinates. By Markov's inequality a proper density that has a share s of its mass that far out
-    fails with a probability of at most s/FAR_SHARE.
+    Lines along the coordinates and the widest axes of the first mode, whose curvature tells a combination that the data
+    leave open to many digits. By Markov's inequality a proper density that has a share s of its mass that far out along
+    a direction fails by it with a probability of at most s/FAR_SHARE.
     """
     x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
     axes = torch.randperm(target.dim)[:COORDINATES]
     reach = (pooled.x - x.mean(0)).abs().amax(0)
-    shares = far_shares(target, x[: max(LINES // len(axes), 4)], torch.diag(reach)[axes])
+    steps, names = torch.diag(reach)[axes], coordinate_names(target)
+    if modes is not None and len(modes):
+        widest = torch.linalg.svd(modes.scale_tril[0])[0].mT[:AXES].to(x)
+        steps = torch.cat([steps, ((pooled.x - x.mean(0)) @ widest.mT).abs().amax(0)[:, None] * widest])
+    shares = far_shares(target, x[: max(LINES // len(steps), 4)], steps)
     worst = int(shares.argmax())
-    share, name = float(shares[worst]), coordinate_names(target)[int(axes[worst])]
+    step = steps[worst] / torch.linalg.vector_norm(steps[worst])
+    share, name = float(shares[worst]), combination(step * step[step.abs().argmax()].sign(), names)
     sentence = f"lines through draws, along {name}, hold {share:.1%} of their mass far outside all draws"
     sentence += "" if share < FAR_SHARE else ": the target looks improper there; give that parameter a proper prior"
     return Check("proper", share, FAR_SHARE, share < FAR_SHARE, sentence)

@@ -26,10 +26,10 @@ FURTHEST = 4  # draws, of each kind, to which directions are looked along: of an
 PRINCIPAL = 3  # widest directions of the draws, in their own units and in standard deviations
 HIGH = 20.0  # nats below the highest log p, from where a draw is far out because the proposal is, not the target
 NULL = 1e-7  # of the largest singular value of scores, below which log p does not change along a direction at all
-MIDDLE = 4000  # draws, at most, that tell the width of their middle
+MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions
 MOST_DIMS = 1000  # up to which singular vectors are looked along: they take seconds there
-COEFFICIENTS = 4  # of a combination that a sentence shows, and the least share of the largest one that it does
-LEAST = 0.05
+COEFFICIENTS = 4  # of a combination that a sentence shows
+LEAST, SINGLE = 0.05, 0.99  # of the largest, that it shows; from where on the largest is named alone
 PER_DECADE = 4
 LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)  # distances on a line, in reaches of the draws
 FAR = 10 ** (1 - 0.5 / PER_DECADE)  # from where they are far out: half-way between two of them
@@ -140,6 +140,7 @@ def _outward(draws: Weights, modes: Gaussians | None, centre: Tensor, size: Tens
 
 def _principal(x: Tensor, size: Tensor) -> Tensor:
     """The widest directions of x (N, dim), in units of ``size`` and as it is."""
+    x = x[:: max(len(x) // MIDDLE, 1)]
     offset = x - x.mean(0)
     widest = [
         torch.linalg.eigh((offset / unit).mT @ (offset / unit))[1][:, -PRINCIPAL:].mT * unit
@@ -154,8 +155,10 @@ def _by_size(step: Tensor) -> list[int]:
 
 
 def combination(step: Tensor, names: list[str]) -> str:
-    """step (dim,) in words, its largest coefficients first: "0.71 alpha − 0.71 beta"."""
+    """step (dim,), of length 1, in words, its largest coefficients first: "0.71 alpha − 0.71 beta", "beta"."""
     order = _by_size(step)
+    if abs(step[order[0]]) > SINGLE:
+        return names[order[0]]
     kept = [i for i in order if abs(step[i]) > LEAST * abs(step[order[0]])]
     terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in kept[:COEFFICIENTS]]
     first = terms[0].removeprefix("+ ").replace("− ", "−", 1)
