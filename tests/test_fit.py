@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import time
 
@@ -259,14 +260,28 @@ def test_bad_options(options, error, message):
         (lambda x: None, "got NoneType"),
         (lambda x: -x.detach().square().sum(-1), "grad"),
         (lambda x: -x.square().sum(-1) + torch.rand(len(x)), "same value for the same x"),
-        (lambda x: torch.where(x[:, 0] > 0, -x.square().sum(-1), torch.nan), "nan"),
-        (lambda x: torch.where(x.abs().amax(-1) < 1, -x.square().sum(-1), -torch.inf), "inf"),
+        (lambda x: -x.square().sum(-1) * torch.nan, "got NaN at all 32 points"),
     ],
 )
 def test_malformed_targets_are_refused_before_locating(fn, message):
     with pytest.raises(ValueError, match=message) as caught:
         vf.fit(vf.LogDensity(fn, dim=2), progress=False)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: torch.where(x[:, 0] > 0, -x.square().sum(-1), torch.nan),
+        lambda x: torch.where(x.abs().amax(-1) < 1, -x.square().sum(-1), -torch.inf),
+    ],
+)
+def test_a_constraint_through_the_mass_is_warned_of_and_refused(fn):
+    with (
+        pytest.warns(UserWarning, match="beside values that matter.*put the constraint in"),
+        pytest.raises(ValueError, match="put the constraint into the target"),
+    ):
+        vf.fit(vf.LogDensity(fn, dim=2), progress=False)
 
 
 def test_time_limit_and_no_steps():
@@ -322,6 +337,114 @@ def test_training_improves_and_stops_when_weights_are_constant():
 
 def test_result_survives_json(gaussian):
     assert json.loads(json.dumps(gaussian[3].settings))["seed"] == 0
+
+
+YEARS = torch.arange(1990.0, 2011.0)
+COUNTS = torch.tensor([13, 11, 9, 18, 14, 13, 17, 19, 15, 16, 21, 18, 20, 28, 21, 26, 29, 22, 33, 28, 31.0])
+
+
+def poisson_trend(years, counts):
+    a, b = pyro.sample("a", dist.Normal(0.0, 100.0)), pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("years"):
+        pyro.sample("y", dist.Poisson((a + b * years).exp()), obs=counts)
+
+
+def poisson_density(x):
+    eta = x[:, :1] + x[:, 1:] * YEARS.double()
+    log_p = (COUNTS.double() * eta - eta.exp() - (COUNTS.double() + 1).lgamma()).sum(-1)
+    return log_p + Normal(0.0, 100.0).log_prob(x[:, 0]) + Normal(0.0, 1.0).log_prob(x[:, 1])
+
+
+@pytest.mark.parametrize("as_model", [True, False])
+def test_a_sound_target_that_overflows_in_much_of_the_box_is_fitted_and_claimed(as_model):
+    post = (
+        vf.fit(poisson_trend, YEARS, COUNTS, **QUICK)
+        if as_model
+        else vf.fit(vf.LogDensity(poisson_density, dim=2), **QUICK)
+    )
+    assert post.verdict.status in ("reliable", "corrected")
+    # by quadrature over (a + 2000 b, b), whose Jacobian is 1
+    level, slope = torch.meshgrid(torch.linspace(2.6, 3.4, 801), torch.linspace(0.0, 0.12, 801), indexing="ij")
+    level, slope = level.double(), slope.double()
+    grid = torch.stack([level - 2000 * slope, slope], -1).reshape(-1, 2)
+    log_p = poisson_density(grid) + math.log(0.8 / 800 * 0.12 / 800)
+    assert post.log_evidence == pytest.approx(float(log_p.logsumexp(0)), abs=0.02)
+    table = post.summary()
+    name = "b" if as_model else "x[1]"
+    assert table.loc[name, "mean"] == pytest.approx(
+        float(log_p.softmax(0) @ grid[:, 1]), abs=0.05 * table.loc[name, "sd"]
+    )
+    assert any("of the box of side 4 around 0" in note for note in post.notes)
+    assert any("data: 'y' (21 values)" in note for note in post.notes) == as_model
+
+
+def test_a_jump_to_finite_garbage_has_no_weight_and_is_named():
+    def fn(x):  # far below in log p, arithmetic overflows, and nan_to_num makes numbers of it
+        return torch.where(x[:, 0] > 9, 1e307, Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+    post = vf.fit(vf.LogDensity(fn, dim=2), **QUICK)
+    assert post.verdict.status != "unreliable" and post.log_evidence == pytest.approx(0.0, abs=0.01)
+    named = [note for note in post.notes if "above 4.5e+15 at" in note]
+    assert len(named) == 1 and "1e+307 at x = [" in named[0]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_no_claim_is_made_where_float32_cannot_tell_log_p(double):
+    def fn(x):
+        log_p = -0.5 * x.float().square().sum(-1) + 1e8
+        return log_p.double() if double else log_p
+
+    post = vf.fit(vf.LogDensity(fn, dim=2), **QUICK)
+    assert post.verdict.status == "unreliable"
+    said = [reason for reason in post.verdict.reasons if "subtract a constant" in reason and "float64" in reason]
+    assert len(said) == 1
+    for corrected in (post.anneal(100, 4, seed=0, progress=False), post.mcmc("imh", seed=0, progress=False)):
+        assert corrected.verdict.status == "unreliable" and said[0] in corrected.verdict.reasons
+
+
+def test_the_same_constant_in_float64_is_no_obstacle():
+    post = vf.fit(vf.LogDensity(lambda x: -0.5 * x.square().sum(-1) + 1e8, dim=2), **QUICK)
+    assert post.verdict.status == "reliable"
+    assert post.log_evidence - 1e8 == pytest.approx(math.log(2 * math.pi), abs=0.01)
+
+
+def test_what_was_held_fixed_and_what_was_observed_is_said():
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1, 1)
+
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+        net = pyro.module("net", linear)
+        mu = pyro.sample("mu", dist.Normal(0.0, scale))
+        if y is not None:
+            pyro.sample("y", dist.Normal(net(mu.reshape(1)).expand(len(y)), 1.0).to_event(1), obs=y)
+
+    said = " ".join(vf.fit(model, torch.ones(3), **QUICK).notes)
+    assert "data: 'y' (3 values)." in said
+    assert re.search(r"held fixed, not inferred: scale = 2, net\.weight = -?\d\S*, net\.bias = -?\d", said)
+    assert (
+        "no data: no site is observed and nothing is a factor: this is the prior." in vf.fit(model, None, **QUICK).notes
+    )
+
+    def factor():
+        pyro.factor("likelihood", -0.5 * pyro.sample("mu", dist.Normal(0.0, 1.0)).square())
+
+    assert "data: pyro.factor 'likelihood'." in vf.fit(factor, **QUICK).notes
+
+
+def test_a_target_that_torch_differentiates_once_is_fitted():
+    def fn(x):
+        apart = torch.cdist(x.unsqueeze(-1), torch.tensor([[0.3], [-0.7]]).double().expand(len(x), 2, 1))
+        return -0.5 * apart.square().sum((-1, -2))
+
+    with pytest.raises(NotImplementedError):
+        x = torch.zeros(1, 2).double().requires_grad_()
+        (gradient,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.sum(), x)
+    post = vf.fit(vf.LogDensity(fn, dim=2), **QUICK)
+    assert post.verdict.status == "reliable"
+    assert post.log_evidence == pytest.approx(math.log(math.pi) - 0.5, abs=0.01)  # N(−.2, ½) in each coordinate
 
 
 def test_a_float32_only_target_is_fitted_and_said():

@@ -45,6 +45,34 @@ def test_hessians_that_autograd_cannot_give_are_differenced():
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+class Once(torch.autograd.Function):
+    """x⁴/12 with a derivative that torch cannot differentiate again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**4 / 12
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):
+        return cotangent * ctx.saved_tensors[0] ** 3 / 3
+
+
+def test_hessians_of_a_target_that_torch_differentiates_once_are_differenced():
+    x = torch.tensor([[1.0, -2.0], [0.5, 3.0]]).double()
+    for prior in (0.0, 0.5):  # beside it, what autograd can differentiate twice
+        target = vf.LogDensity(lambda x, prior=prior: -Once.apply(x).sum(-1) - prior * x.square().sum(-1), dim=2)
+        expected = torch.diag_embed(-x.square() - 2 * prior)
+        assert torch.allclose(hessians(target, x, torch.ones_like(x)), expected, atol=1e-5)
+
+    def distances(x):
+        return -0.5 * torch.cdist(x[:, :, None], torch.zeros(len(x), 1, 1).to(x)).square().sum((-1, -2))
+
+    found = hessians(vf.LogDensity(distances, dim=2), x, torch.ones_like(x))
+    assert torch.allclose(found, -torch.eye(2).double().expand(2, 2, 2), atol=1e-6)
+
+
 def test_bfgs_and_newton_reach_the_optimum():
     rosenbrock = vf.LogDensity(lambda x: -((1 - x[:, 0]) ** 2) - 100 * (x[:, 1] - x[:, 0] ** 2) ** 2, dim=2)
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
 """PyroModel: the model zoo (by vmap, by a fallback, refused), hand-written densities, and what a failing row costs."""
 
 import math
+import re
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -266,6 +268,36 @@ def no_vmap_rule(y):
         pyro.sample("y", dist.Normal(VmapShy.apply(mu) + z, 1.0), obs=y)
 
 
+def ordered_regression(y):
+    cut = dist.TransformedDistribution(dist.Normal(0, 1).expand([2]).to_event(1), dist.transforms.OrderedTransform())
+    cut = pyro.sample("cut", cut)
+    b = pyro.sample("b", dist.Normal(0, 1).expand([3]).to_event(1))
+    design = torch.arange(3.0 * len(y)).reshape(len(y), 3).sin().to(b)
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.OrderedLogistic(design @ b, cut), obs=y.gt(0).long() + y.gt(1).long())
+
+
+def filled_over_time(y):
+    phi, z = (
+        pyro.sample("phi", dist.Beta(2.0, 2.0)),
+        pyro.sample("z", dist.Normal(0, 1).expand([len(y) + 1]).to_event(1)),
+    )
+    state, last = y.new_zeros(len(y)), z[0]
+    for t in range(len(y)):
+        state[t] = last
+        last = phi * last + z[t]
+    pyro.deterministic("state", state)
+    pyro.sample("y", dist.Normal(state, z[-1].exp()).to_event(1), obs=y)
+
+
+def filled_by_numpy(y):
+    mu, tau = pyro.sample("mu", dist.Normal(0, 1)), pyro.sample("tau", dist.HalfNormal(1.0))
+    weights = np.zeros(len(y))
+    weights[0] = float(mu.detach()) * 0 + 1
+    pyro.deterministic("twice", 2 * mu)
+    pyro.sample("y", dist.Normal(mu * torch.as_tensor(weights), tau).to_event(1), obs=y)
+
+
 def discrete_hmm(y):
     rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
     loc = pyro.sample("loc", dist.Normal(0, 1).expand([2]).to_event(1))
@@ -274,7 +306,10 @@ def discrete_hmm(y):
 
 
 FALL_BACK = {
-    "ordered logistic": (ordered_logistic, ("vmap", "plate"), 3),
+    "ordered logistic": (ordered_logistic, ("vmap",), 3),
+    "ordered logistic regression": (ordered_regression, ("vmap",), 5),
+    "a tensor filled over time": (filled_over_time, ("vmap",), 6),
+    "an array that NumPy fills": (filled_by_numpy, ("loop",), 2),
     "no vmap rule": (no_vmap_rule, ("plate",), 5),
     "value branch": (branch, ("loop",), 1),
     ".item()": (item, ("loop",), 2),
@@ -292,12 +327,69 @@ def test_model_falls_back(name):
     assert target.mode in modes and target.dim == dim
     assert target.mode == "vmap" or "vmap: " in target.mode_reason
     assert len(messages) == (target.mode == "loop")
+    assert all(re.search(r"ms each, so that a default fit takes some \d+ minutes .*max_seconds=", m) for m in messages)
     x = small(dim)
     assert torch.allclose(target.log_prob(x), one_by_one(target, x), rtol=1e-9, atol=0)
     z = x.clone().requires_grad_()
     target.log_prob(z).sum().backward()
     assert bool(z.grad.isfinite().all())
     assert set(target.constrain(x)) == set(target.names) | set(target.deterministic)
+
+
+def plate_without_a_size(y):
+    mu = pyro.sample("mu", dist.Normal(0, 1))
+    with pyro.plate("n"):
+        z = pyro.sample("z", dist.Normal(mu, 1.0).expand([len(y)]))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        pyro.sample("same", dist.Normal(mu, 1.0), obs=y)
+
+
+def ragged_in_a_plate_without_a_size(y):
+    b = pyro.sample("b", dist.Normal(0, 1))
+    with pyro.plate("n"):
+        pyro.sample("y", dist.Normal(b * torch.ones(len(y), 1), 1.0), obs=y)
+
+
+def test_a_plate_needs_no_size():
+    target, x = PyroModel(plate_without_a_size, FEW), small(5)
+    assert (target.mode, target.dim) == ("vmap", 5)
+    assert torch.allclose(target.log_prob(x), one_by_one(target, x), rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match=r"site 'y': .* got \(4,\) against \(4, 1\), which broadcast to \(4, 4\)"):
+        PyroModel(ragged_in_a_plate_without_a_size, FEW)
+
+
+def test_a_model_says_what_it_was_given():
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(first.weight, 3.0)
+    torch.nn.init.constant_(second.weight, 4.0)
+
+    def model(y=None):
+        pyro.param("wide", torch.arange(6.0).reshape(2, 3))
+        pyro.module("first", first), pyro.module("second", second)
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        if y is not None:
+            pyro.sample("y", dist.Normal(mu, 1).expand([len(y)]).to_event(1), obs=y)
+
+    told = PyroModel(model, FEW).account()
+    assert told[0] == "data: 'y' (4 values)." and "wide = 2 × 3 numbers from 0 to 5" in told[1]
+    assert "first.weight = 3, " in told[1] and "second.weight = 4, " in told[1]
+    assert PyroModel(model).account()[0].endswith("this is the prior.")
+    assert PyroModel(flat_prior, FEW).account() == ["data: pyro.factor 'lik'."]
+    conditioned = poutine.condition(conjugate, data={"mu0": torch.tensor(0.0)})
+    assert len(PyroModel(conditioned, FEW).account()) == 1
+    assert set(PyroModel(Plain(), FEW).fixed) == {"scale"}
+
+
+class Plain(torch.nn.Module):
+    """A module that reads a parameter of its own without telling Pyro."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, y):
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        pyro.sample("y", dist.Normal(mu, self.scale).expand([len(y)]).to_event(1), obs=y)
 
 
 def latent_support():

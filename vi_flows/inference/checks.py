@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from ..targets.values import precision_of
 from .psis import hidden, khat, khat_upper
 from .quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
 from .weights import Weights, log_mean, log_mean_se, mean_elbo
@@ -21,6 +22,7 @@ MEAN_SE = 0.025
 PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64)  # at the 5, 50 and 95 % points
 LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
 MISSING_MASS = 0.02
+ROUNDED = 0.01  # nats that log p may be rounded by; more, and differences between draws are noise that looks like p
 DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
 SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
@@ -157,6 +159,22 @@ def sds(names: list[str], values: Estimates, unseen: Tensor | float = 0.0) -> Ch
     shown = ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
     sentence = f"tails are too heavy to tell the sd of {shown} to {LOG_SD:.0%}: rely on quantiles there, not on sds"
     return Check("sds", worst, LOG_SD, False, sentence)
+
+
+def rounding(target: Target, pooled: Weights) -> Check:
+    """To how many nats log p is told at the draws that carry weight: eps · E|log p|, eps of what it is computed in."""
+    alive = carrying(pooled.log_w)
+    if not len(alive):
+        return Check("rounding", math.inf, ROUNDED, False, "no draw has a log p to be told")
+    level = float(pooled.log_w[alive].softmax(0) @ pooled.log_p[alive].abs())
+    dtype = precision_of(target, pooled.x[alive])
+    error, precision = torch.finfo(dtype).eps * level, f"{dtype}".removeprefix("torch.")
+    sentence = f"log p, near {level:.2g} in size, is told to {error:.1g} nats by {precision}"
+    if error < ROUNDED:
+        return Check("rounding", error, ROUNDED, True, sentence)
+    wider = "" if dtype == torch.float64 else ", or compute it in float64 throughout"
+    sentence += f", not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
+    return Check("rounding", error, ROUNDED, False, sentence)
 
 
 def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:

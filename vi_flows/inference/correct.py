@@ -18,7 +18,8 @@ from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
 from .clock import Clock
 from .fit import threads as torch_threads
 from .initialise import DENSE_DIMS
-from .judge import CARRIED, CAVEATS, CONDITION, CORRECTED, Verdict
+from .judge import CARRIED, CAVEATS, CORRECTED, Verdict
+from .necks import NECKS, necks
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -118,7 +119,7 @@ def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
     """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
     claimed, and made in time."""
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or {CONDITION, IMPROPER, "time"} & set(failed):
+    if posterior.verdict.status != "unreliable" or {*CARRIED, IMPROPER, NECKS, "time"} & set(failed):
         return posterior
     if posterior.flow.dim > DENSE_DIMS:
         note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
@@ -154,6 +155,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
         _agreement(posterior, level, se),
         *_steps(runs),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *necks(posterior.target, weights),
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (

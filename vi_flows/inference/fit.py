@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..flows.distribution import Flow
-from ..targets import Target, check_target, resolve_target, settle_dtype
+from ..targets import PyroModel, Target, check_target, resolve_target, settle_dtype
+from ..targets.values import told_of_values
+from .centring import choose_centring
 from .checks import Check
 from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
 from .initialise import joined
-from .judge import CONDITION, FIRST, PROBED, Judgement, judge
+from .judge import CONDITION, FIRST, NECKED, PROBED, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
@@ -51,6 +53,7 @@ class Options:
     capture: bool | str = "auto"
     compile: bool = False
     correct: bool = True
+    reparam: bool | Mapping[str, Any] = True
     rehearse: int = 0
 
     def __post_init__(self):
@@ -65,13 +68,15 @@ class Options:
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
         if not (isinstance(self.capture, bool) or self.capture == "auto"):
             raise ValueError(f'capture: expected "auto", True or False, got {self.capture!r}')
+        if not isinstance(self.reparam, (bool, Mapping)):
+            raise ValueError(f"reparam: expected True, False or degrees of centring by site, got {self.reparam!r}")
         for name in ("compile", "correct"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def recorded(self) -> dict[str, Any]:
-        """The options as JSON can hold them, without ``init``."""
-        options = {name: value for name, value in vars(self).items() if name != "init"}
+        """The options as JSON can hold them, without ``init`` and ``reparam``."""
+        options = {name: value for name, value in vars(self).items() if name not in ("init", "reparam")}
         return options | {name: str(options[name]) for name in ("dtype", "device") if options[name] is not None}
 
 
@@ -113,6 +118,9 @@ def fit(
         so (not counted in ``max_seconds``). Where that fails a warning and a note say why, and training goes on.
     correct: where importance weights are unreliable although all modes are seen, anneal (:meth:`Posterior.anneal`), and
         return that if it can be claimed. False leaves the verdict at what the weights say.
+    reparam: True centres, or does not, each site of a model whose location or scale is latent, as the ELBO says (see
+        :func:`vi_flows.inference.centring.choose_centring`): values keep their names and scale, and a note says what
+        was chosen. False leaves the model as written; degrees of centring by site ({"theta": 0.0}) settle them.
     rehearse: so many data sets are drawn from the fit and refitted (:meth:`Posterior.rehearse`), at some seconds each.
 
     Raises
@@ -162,7 +170,7 @@ def prepare(target: Target, options: Options) -> Target:
             target = copy.copy(target)
             target.capture = options.capture
     if options.dtype is None:
-        target = settle_dtype(target, points)
+        return settle_dtype(target, points)
     check_target(target, points)
     return target
 
@@ -185,15 +193,32 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     clock = Clock(options.max_seconds)
     bar.stage("locating")
     with clock.ending("locating", LOCATING_SHARE):
-        found = starts(target, choice, options.init, options.device)
+        target, near, centring = _centred(target, options)
+        found = starts(target, choice, options.init, options.device, near)
     clock.lap("locating")
     judging = _forecast(found, target, options, bar) if bar.shown or options.max_seconds is not None else 0.0
     best = _best(target, found, options, clock, clock.training_share(judging), bar)
     clock.lap("training")
     bar.stage("judging")
     settings = settings | {"recipe": best.start.recipe, "model": is_model(target), **options.recorded()}
+    settings["reparam"] = {name: degree.tolist() for name, degree in getattr(target, "degrees", {}).items()}
+    best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
     posterior = judged(best, target, found, options, settings, clock)
     return mended(posterior, clock, bar) if options.correct else posterior
+
+
+def _centred(target: Target, options: Options) -> tuple[Target, Tensor | None, str]:
+    """The target in the coordinates to fit it in, where its mass is there (1, dim), if that is known, and a note."""
+    if isinstance(options.init, Posterior):
+        degrees = getattr(options.init.target, "degrees", {})
+        return (target.recentred(degrees) if degrees else target), None, ""
+    if isinstance(options.reparam, Mapping):
+        if not isinstance(target, PyroModel):
+            raise ValueError("reparam: expected True or False for a density, got degrees by site; pass a Pyro model")
+        return target.recentred(options.reparam), None, ""
+    if not options.reparam or callable(options.init):
+        return target, None, ""
+    return choose_centring(target, options.device)
 
 
 def _forecast(found: Starts, target: Target, options: Options, bar: Progress) -> float:
@@ -203,7 +228,7 @@ def _forecast(found: Starts, target: Target, options: Options, bar: Progress) ->
         each = draw_seconds(found.flows[0].flow, target)
         steps = [(s.flow, options.steps if s.steps is None else s.steps) for s in found.flows]
         training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
-    judging = each * (1.5 * FIRST + PROBED) + CHECKING
+    judging = each * (1.5 * FIRST + PROBED + NECKED) + CHECKING
     bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
     return judging
 
@@ -319,4 +344,5 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
         )
     if judgement.skipped:
         notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
-    return tuple(notes)
+    notes += target.account() if hasattr(target, "account") else []
+    return (*notes, *told_of_values(target, judgement.proposal.x, judgement.proposal.log_p))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets.target import Target, check_finite
-from .checks import Check, of_weights
+from .checks import Check, of_weights, rounding
 from .clock import Clock, draw_seconds
 from .gaussian import Gaussians
+from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 from .psis import khat
@@ -24,11 +25,11 @@ FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
 FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 100_000_000  # that these may take, from LEAST draws on: 0.4 and 0.8 GB
 LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
 QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
-PROBED = 80_000  # draws that take as long as local moves and lines far out do
+PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
 CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
-CARRIED = (CONDITION, "proper")  # checks of a fit that hold for what is made of its draws, too
+CARRIED = (CONDITION, "proper", "rounding")  # checks of a fit that hold for what is made of its draws, too
 UNRELIABLE = "do not rely on these draws"
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
@@ -92,8 +93,10 @@ def judge(
     - sds: log sds are certain to 0.1, else a claim says of which it is not made;
     - mass outside q: |log Ẑ_m − log Ẑ_q| + 2 se < 0.02; divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05; own draws:
       means of unweighted draws of q within 0.1 sd, and those probabilities within .015/.03/.015, of the weighted ones;
+    - rounding: log p is told to .01 nats in the precision it is computed in;
     - unseen basins: none of ``probes``, ends of paths from starts that m was not built from, holds mass unseen;
-    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out.
+    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out;
+      necks: moves of scales together with what they spread leave them as they are.
 
     All: reliable. All but the fourth: corrected, by resampling from m. Else: unreliable. ``attempt`` i, the i-th fit of
     one target to be judged, spends 2^(1−i) of the first one's error rate. Draws are doubled as long as that might mend
@@ -175,11 +178,14 @@ def _probed(
     each: float,
 ) -> list[Check]:
     """The checks that ask the target anew; those that cost something only where all else passes."""
-    found = [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
+    found = [rounding(target, pooled)]
+    found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
     if _claimed(checks + found):
         if _too_long(clock, PROBED * each):
-            return [*found, _cut("local moves and lines far out were not looked at")]
+            return [*found, _cut("local moves, lines far out and necks were not looked at")]
         found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
+        late = _too_long(clock, NECKED * each)
+        found += [_cut("necks were not looked at")] if late else necks(target, pooled)
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from ..targets.values import as_computed
 from .gaussian import Gaussians
 from .optimise import value_and_grad
 from .weights import Weights, in_blocks
@@ -58,7 +59,9 @@ def _slopes(
     high: the highest log p known elsewhere.
     """
     points = origin + distances[:, None, None] * steps
-    log_p = in_blocks(target.log_prob, points.reshape(-1, points.shape[-1])).reshape(points.shape[:-1])
+    log_p = in_blocks(lambda rows: as_computed(target, rows), points.reshape(-1, points.shape[-1])).reshape(
+        points.shape[:-1]
+    )
     seen = log_p[log_p < torch.inf].nan_to_num(-torch.inf)
     floor = max(float(seen.max()), high) - WITHIN if len(seen) else 0.0
     slopes = [(i, _last_slope(values, floor)) for i, values in enumerate(log_p.unbind(1))]

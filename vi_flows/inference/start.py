@@ -46,8 +46,10 @@ class Starts:
     probes: Gaussians | None = None
 
 
-def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts:
-    """The chosen flow over what locating finds, or a copy of a warm start's."""
+def starts(
+    target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None, near: Tensor | None = None
+) -> Starts:
+    """The chosen flow over what locating finds, also from points ``near`` (n, dim), or a copy of a warm start's."""
     place = {"device": device, "dtype": torch.float64}
     if isinstance(init, Posterior) or callable(init):
         if choice != "auto":
@@ -55,7 +57,8 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
         return _warm_start(init, target, place)
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    located = locate(target, start_points(target, _init_points(target, init), device=device))
+    given = [points for points in (_init_points(target, init), near) if points is not None]
+    located = locate(target, start_points(target, torch.cat(given) if given else None, device=device))
     flows = [_on_gaussian(choice, located, place)]
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
         flows.insert(0, _on_mixture(choice, located, place))
