@@ -41,7 +41,7 @@ Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE.png", help="Write a picture of the fit (or .pdf, .svg).")
 ]
 Steps = Annotated[int | None, typer.Option("--steps", help="At most so many training steps.")]
-MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time to locate and train (judging is extra).")]
+MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time for all stages, about; none: no limit.")]
 NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch; more than 1 pays for large data only.")]

@@ -87,7 +87,7 @@ def _mendable(log_w: Tensor, precise: Check, growth: float) -> bool:
     """Whether ``growth`` times the draws could do, by precision and by the tails of weights log_w that sum to 1.
 
     Standard errors √Σw²/Σw fall no faster than as 1/draws, and that only if no weight like the heaviest came again.
-    Σ hidden beyond S draws falls as S^(k−1), k the shape of the tail: its lower limit is taken.
+    What is hidden beyond S draws falls as S^(k−1), k the shape of the tail: its lower limit is taken.
     """
     shape = khat_upper(khat(log_w), len(log_w), -TWO)
     share = hidden(log_w, min(shape, HEAVIEST)) * growth ** (min(shape, HEAVIEST) - 1)

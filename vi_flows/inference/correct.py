@@ -23,7 +23,6 @@ from .necks import NECKS, necks
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
-from .propriety import IMPROPER
 from .psis import khat, khat_upper, resampling_weights
 from .quantities import Estimates, carrying, estimate, flatten, vary
 from .quantities import resample as by_weight
@@ -107,8 +106,9 @@ def _afford(seconds: float, needed: float) -> None:
 def _sees_something(posterior: Posterior, schedule: list[Rung]) -> None:
     """Raise where weights failed but the pilot went from m to p in one step: it has not drawn what is wrong with m, and
     runs from there would not either, and agree with each other."""
-    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in (*CORRECTED, *CAVEATS)]
-    if len(schedule) == 1 and posterior.verdict.status == "unreliable":
+    besides = (*CORRECTED, *CAVEATS, *CARRIED, NECKS)  # what a claim may lack, and what the result is judged by anew
+    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in besides]
+    if len(schedule) == 1 and failed:
         raise ValueError(
             f"annealing would repeat what is wrong ({', '.join(failed)}): its pilot sees one temperature from the "
             "proposal to the target; fit another flow=, or in other coordinates"
@@ -119,7 +119,7 @@ def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
     """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
     claimed, and made in time."""
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or {*CARRIED, IMPROPER, NECKS, "time"} & set(failed):
+    if posterior.verdict.status != "unreliable" or {*CARRIED, NECKS} & set(failed):
         return posterior
     if posterior.flow.dim > DENSE_DIMS:
         note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."

@@ -22,7 +22,7 @@ from .centring import choose_centring
 from .checks import Check
 from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
 from .initialise import joined
-from .judge import CONDITION, FIRST, NECKED, PROBED, Judgement, judge
+from .judge import CONDITION, FIRST, NECKED, PROBED, TIME, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
@@ -268,7 +268,7 @@ def judged(
         judgement = judge(flow, target, modes, options.num_draws, attempt=2, probes=found.probes, clock=clock)
     if clock.cut:
         said = f"{clock.cut[0]} was cut short by max_seconds: modes may have been missed; give it more time"
-        judgement.verdict = judgement.verdict.refused(Check("time", 1.0, 1.0, False, said))
+        judgement.verdict = judgement.verdict.refused(Check(TIME, 1.0, 1.0, False, said))
     if judgement.verdict.status == "unreliable":
         said = improper(target, judgement.proposal, modes)
         if said:

@@ -17,6 +17,7 @@ from .gaussian import Gaussians
 from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
+from .propriety import IMPROPER
 from .psis import khat
 from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_mean_se, mean_elbo
 
@@ -29,7 +30,8 @@ PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and l
 CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
-CARRIED = (CONDITION, "proper", "rounding")  # checks of a fit that hold for what is made of its draws, too
+TIME = "time"  # the check that fails where a stage was cut short by max_seconds
+CARRIED = (CONDITION, "proper", "rounding", IMPROPER, TIME)  # checks of a fit that hold for what is made of its draws
 UNRELIABLE = "do not rely on these draws"
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
@@ -165,7 +167,7 @@ def _too_long(clock: Clock, seconds: float) -> bool:
 
 
 def _cut(what: str) -> Check:
-    return Check("time", 1.0, 1.0, False, f"judging was cut short by max_seconds: {what}; give it more time")
+    return Check(TIME, 1.0, 1.0, False, f"judging was cut short by max_seconds: {what}; give it more time")
 
 
 def _probed(

@@ -199,7 +199,7 @@ def code(posterior: Posterior) -> str:
     if fitted and recipe and "flow" not in settings:
         comments.append('flow="auto", if that chose it: the same up to chance, from other random numbers')
     if settings.get("max_seconds") is not None:
-        comments.append("max_seconds ends training by the clock, not always at the same step")
+        comments.append("max_seconds ends stages by the clock, not always at the same step")
     imports = ["import torch"] * ("dtype" in given) + ["import vi_flows as vf", ""]
     call = f"posterior = vf.{'fit' if fitted else 'diagnose'}({', '.join([*arguments, *options])})"
     lines = [*imports, *(f"# {comment}" for comment in comments), call]
