@@ -139,9 +139,12 @@ class ModelRun:
         """The coordinates, at one point's values, of the sites that ``centring`` names. Call under settings()."""
         return self.centring.coordinates(self.trace(values).nodes)
 
-    def translated(self, values: Values, degrees: Values) -> Values:
-        """Coordinates at other degrees of the sites that ``centring`` names, at one point. Call under settings()."""
-        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self.noise(values).items()}
+    def translated(self, values: Values, degrees: Values) -> tuple[Values, Tensor]:
+        """Coordinates at other degrees of the sites that ``centring`` names, at one point, and the log-determinant of
+        the way there. Call under settings()."""
+        found, own = self.noise(values), self.centring.degrees
+        log_det = [(f.log_det(z, own[n]) - f.log_det(z, degrees[n])).sum() for n, (f, z) in found.items()]
+        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in found.items()}, torch.stack(log_det).sum()
 
     def noise(self, values: Values) -> dict[str, Any]:
         """Frame and noise, at one point, of each site that ``centring`` names. Call under settings()."""
