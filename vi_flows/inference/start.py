@@ -55,7 +55,7 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
         return _warm_start(init, target, place)
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    located = locate(target, start_points(target, _init_points(target, init), device=device))
+    located = locate(target, start_points(target, init_points(target, init), device=device))
     flows = [_on_gaussian(choice, located, place)]
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
         flows.insert(0, _on_mixture(choice, located, place))
@@ -131,7 +131,7 @@ def resolve_flow(
     return flow, "the flow given", None
 
 
-def _init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
+def init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
     """Values to start near, as unconstrained points (n, dim)."""
     if init is None:
         return None
