@@ -282,7 +282,7 @@ def test_standard_errors_are_those_over_the_replicates():
 def test_verdict(wrong, annealed):
     """Too few draws for the precision that is asked for; a disagreement with the importance weights is told."""
     checks = {c.name: c for c in annealed.verdict.checks}
-    carried = {c.name for c in wrong.verdict.checks} & {"unseen basins", "proper", "rounding"}
+    carried = {c.name for c in wrong.verdict.checks} & {"unseen basins", "proper", "rounding", "holes"}
     assert set(checks) == {"precision", "sds", "evidence", "agreement", "tails", "evenness"} | carried
     claimed = all(c.passed for name, c in checks.items() if name != "sds")
     assert annealed.verdict.status == ("corrected" if claimed else "unreliable")

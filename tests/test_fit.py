@@ -405,6 +405,17 @@ def test_a_jump_to_finite_garbage_has_no_weight_and_is_named():
     assert len(named) == 1 and "1e+307 at x = [" in named[0]
 
 
+@pytest.mark.parametrize("hole", [math.nan, math.inf, 1e307])
+def test_no_claim_is_made_beside_a_region_without_values(hole):
+    def fn(x):
+        return torch.where(x[:, 0] > 1.5, hole, Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+    with pytest.warns(UserWarning, match="counts as no density"):
+        post = vf.fit(vf.LogDensity(fn, dim=2, nonfinite="skip"), **QUICK)
+    assert post.verdict.status == "unreliable"
+    assert any("beside draws that weigh" in reason for reason in post.verdict.reasons)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_no_claim_is_made_where_float32_cannot_tell_log_p(double):
     def fn(x):

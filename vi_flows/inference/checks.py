@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
-from ..targets.values import precision_of
+from ..targets.values import BELIEVED, as_computed, edges, precision_of, show
 from .psis import hidden, khat, khat_upper
 from .quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, vary
-from .weights import Weights, log_mean, log_mean_se, mean_elbo
+from .weights import Weights, in_blocks, log_mean, log_mean_se, mean_elbo
 
 KHAT_BOUND = 0.7  # from where weights, as they are, do not serve to compare others with
 UNSEEN, MEAN_UNSEEN = 0.02, 0.05  # what weights beyond those drawn may carry: of the integral, of means (in sd)
@@ -23,6 +23,7 @@ PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64) 
 LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
 MISSING_MASS = 0.02
 ROUNDED = 0.01  # nats that log p may be rounded by; more, and differences between draws are noise that looks like p
+HIDDEN = 0.002  # of the mass, that may lie where log p is NaN or has overflowed; more, and a claim would be of a part
 DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
 SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
@@ -149,6 +150,29 @@ def rounding(target: Target, pooled: Weights) -> Check:
     wider = "" if dtype == torch.float64 else ", or compute it in float64 throughout"
     sentence += f", not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
     return Check("rounding", error, ROUNDED, False, sentence)
+
+
+def holes(target: Target, pooled: Weights) -> list[Check]:
+    """Where draws of m had no value to believe: how much of p has a log p below that at which such a region begins.
+
+    What lies in it cannot be known; but where log p falls on, it is no more than that. None where all had values.
+    """
+    lost = (~(pooled.log_p > -math.inf)).nonzero()[:, 0]
+    value = in_blocks(lambda rows: as_computed(target, rows), pooled.x[lost]) if len(lost) else pooled.log_p[:0]
+    log_p = pooled.log_p.index_put((lost,), value)
+    bad = ~(log_p <= BELIEVED)
+    rows, edge, _ = edges(target, pooled.x, log_p, bad)
+    if not len(rows):
+        return []
+    i = int(edge.argmax())
+    weight = pooled.log_w.softmax(0).nan_to_num(0.0)
+    share = float(weight[pooled.log_p < edge[i]].sum())
+    where = f"log p is {float(log_p[rows[i]]):.3g} at x = {show(pooled.x[rows[i]])}"
+    if share < HIDDEN:
+        sentence = f"{where}, beyond all but {share:.2%} of the mass"
+    else:
+        sentence = f"{where}, beside draws that weigh ({share:.1%} of the mass may lie there): repair the density there"
+    return [Check("holes", share, HIDDEN, share < HIDDEN, sentence)]
 
 
 def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:

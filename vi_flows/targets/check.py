@@ -171,6 +171,7 @@ def _check_values(target: Target, x: Tensor, log_p: Tensor, name: str) -> None:
             f"{name}: expected finite values, got {got} at all {len(x)} points, first x = {show(x[0])}; {remedy}"
         )
     # a model may well say −inf, where its data lie outside a support
+    log_p = sign * value
     i = beside_mass(target, x, log_p, bad if isinstance(target, LogDensity) else bad & (log_p != -torch.inf))
     if i is not None:
         warnings.warn(
