@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arguments import whole
 from ..flows.distribution import Flow
 from ..targets import Target, check_target, resolve_target, settle_dtype
+from ..targets.check import where_it_starts
 from ..targets.values import told_of_values
 from .centring import centred
 from .checks import Check
@@ -26,7 +27,7 @@ from .judge import CONDITION, FIRST, PROBED, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
-from .start import FlowChoice, Start, Starts, starts
+from .start import FlowChoice, Start, Starts, init_points, starts
 from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
@@ -154,7 +155,8 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def prepare(target: Target, options: Options) -> Target:
-    """Step 0: the target in its working precision, checked on points uniform in (−2, 2)."""
+    """Step 0: the target in its working precision, checked on points uniform in (−2, 2), or near its starts where none
+    of these has a value."""
     points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         if not hasattr(target, "to"):
@@ -165,6 +167,8 @@ def prepare(target: Target, options: Options) -> Target:
         if options.capture != "auto":
             target = copy.copy(target)
             target.capture = options.capture
+    near = init_points(target, options.init) if isinstance(options.init, (dict, Tensor)) else None
+    points = where_it_starts(target, points, near)
     if options.dtype is None:
         return settle_dtype(target, points)
     check_target(target, points)

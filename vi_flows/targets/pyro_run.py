@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,19 +114,6 @@ class ModelRun:
         own = self.model.named_parameters() if isinstance(self.model, torch.nn.Module) else ()
         values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
         return values | self.held
-
-    def seconds(self, values: Values) -> float:
-        """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""
-        taken = []
-        for i in range(min(3, len(next(iter(values.values()))))):
-            row = {name: value[i].clone().requires_grad_() for name, value in values.items()}
-            began = time.perf_counter()
-            with torch.enable_grad():
-                log_p = self.log_joint(row)
-                if log_p.requires_grad:
-                    torch.autograd.grad(log_p, list(row.values()), allow_unused=True)
-            taken.append(time.perf_counter() - began)
-        return min(taken)
 
     def deterministic(self, values: Values) -> Values:
         """The pyro.deterministic sites at one point, and those given by coordinates. Call under settings()."""
