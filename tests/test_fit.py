@@ -378,6 +378,25 @@ def test_a_sound_target_that_overflows_in_much_of_the_box_is_fitted_and_claimed(
     assert any("data: 'y' (21 values)" in note for note in post.notes) == as_model
 
 
+def test_a_target_without_a_value_in_the_box_is_fitted_from_starts_that_have_one():
+    law = Normal(torch.tensor([300.0, -40.0]).double(), torch.tensor([1.0, 2.0]).double())
+
+    def fn(x):
+        return torch.where(x[:, 0] < 100, torch.nan, law.log_prob(x).sum(-1))
+
+    with pytest.raises(ValueError, match="got NaN at all 32 points"):
+        vf.fit(vf.LogDensity(fn, dim=2), **QUICK)
+    post = vf.fit(vf.LogDensity(fn, dim=2), init=torch.tensor([299.0, -39.0]), **QUICK)
+    assert post.verdict.status == "reliable" and post.log_evidence == pytest.approx(0.0, abs=0.01)
+
+    def model():
+        rate = pyro.sample("rate", dist.Normal(1e-3, 1e-4))
+        pyro.sample("y", dist.Poisson((1e6 * (rate.exp() - 1)).sqrt()), obs=torch.tensor(30.0))
+
+    post = vf.fit(model, **QUICK)
+    assert post.verdict.status == "reliable" and post.summary().loc["rate", "mean"] == pytest.approx(9.8e-4, abs=5e-5)
+
+
 def test_a_jump_to_finite_garbage_has_no_weight_and_is_named():
     def fn(x):  # far below in log p, arithmetic overflows, and nan_to_num makes numbers of it
         return torch.where(x[:, 0] > 9, 1e307, Normal(0.0, 1.0).log_prob(x).sum(-1))
@@ -386,6 +405,17 @@ def test_a_jump_to_finite_garbage_has_no_weight_and_is_named():
     assert post.verdict.status != "unreliable" and post.log_evidence == pytest.approx(0.0, abs=0.01)
     named = [note for note in post.notes if "above 4.5e+15 at" in note]
     assert len(named) == 1 and "1e+307 at x = [" in named[0]
+
+
+@pytest.mark.parametrize("hole", [math.nan, math.inf, 1e307])
+def test_no_claim_is_made_beside_a_region_without_values(hole):
+    def fn(x):
+        return torch.where(x[:, 0] > 1.5, hole, Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+    with pytest.warns(UserWarning, match="counts as no density"):
+        post = vf.fit(vf.LogDensity(fn, dim=2, nonfinite="skip"), **QUICK)
+    assert post.verdict.status == "unreliable"
+    assert any("beside draws that weigh" in reason for reason in post.verdict.reasons)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -16,13 +17,16 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from ..flows.bijection import Layer
 from ..flows.distribution import Flow, FlowDistribution
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
+from ..inference.centring import centred
 from ..inference.initialise import locate, start_points
 from ..inference.posterior import Posterior, seeded
 from ..inference.start import FlowChoice, resolve_flow
 from ..targets import PyroModel
+from .recentring import RecentringLayer
 
 DRAWS = 10_000  # from which medians and quantiles are taken
 
@@ -55,6 +59,9 @@ class AutoFlow(AutoContinuous):
     locate: put a flow that is new on top of the Gaussian that locating finds (Pathfinder, Laplace, Gaussian VI), as fit
         does: without it, scale and position are left to SVI. Seconds; a model that cannot be located (subsampling)
         starts at the standard normal, with a warning.
+    reparam: as in :func:`vi_flows.fit`: the flow works in coordinates in which sites of latent location or scale are
+        centred as far as the ELBO says (True), as written (False), or to degrees by site; the guide's sites stay those
+        of the model. Needs ``locate``.
     path: score a draw with the parameters held, so that SVI follows the path gradient (sticking the landing: Roeder, Wu
         & Duvenaud 2017), whose noise vanishes as q nears p. Right for Trace_ELBO only, at about twice the cost a step.
     dtype: of the parameters and latent values, torch's default dtype unless given.
@@ -71,6 +78,7 @@ class AutoFlow(AutoContinuous):
         flow: FlowChoice | Posterior | AutoFlow = "auto",
         *args: Any,
         locate: bool = True,
+        reparam: bool | Mapping[str, Any] = True,
         path: bool = False,
         dtype: torch.dtype | None = None,
         name: str = "AutoFlow",
@@ -78,7 +86,7 @@ class AutoFlow(AutoContinuous):
     ):
         super().__init__(model, init_loc_fn=init_to_feasible)
         self._pyro_name = name
-        self._plain_model, self._choice, self._locate = (model,), (flow,), locate
+        self._plain_model, self._choice, self._locate, self._reparam = (model,), (flow,), locate, reparam
         self._dtype, self._path = dtype or torch.get_default_dtype(), path
         self._warned = False
         if isinstance(flow, str):
@@ -107,19 +115,21 @@ class AutoFlow(AutoContinuous):
         if self._locate and not isinstance(choice, Flow):
             located = self._located(*args, **kwargs)
         flow, *_ = resolve_flow(choice, self.latent_dim)
-        return flow if located is None else flow.to(located.shift.dtype).then(located)
+        return flow if located is None else functools.reduce(Flow.then, located, flow.double())
 
-    def _located(self, *args: Any, **kwargs: Any) -> Fixed | None:
-        """The whitening of the located Gaussian, in this guide's order of sites."""
+    def _located(self, *args: Any, **kwargs: Any) -> list[Layer] | None:
+        """The whitening of the located Gaussian, in this guide's order of sites, and the way from its coordinates."""
         try:
             with seeded(0):
                 target = PyroModel(self._plain_model[0], *args, **kwargs)
                 self.check_sites(target)
-                best = locate(target, start_points(target)).best
+                target, near, _ = centred(target, self._reparam, None)
+                best = locate(target, start_points(target, near)).best
         except ValueError as error:
             warnings.warn(f"AutoFlow: starts at the standard normal, for the model cannot be located ({error})")
             return None
-        return Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
+        whitening = Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
+        return [whitening, RecentringLayer(target)] if target.degrees else [whitening]
 
     def _from_posterior(self, posterior: Posterior) -> Flow:
         if posterior.flow is None or not any(True for _ in posterior.flow.parameters()):
@@ -131,6 +141,8 @@ class AutoFlow(AutoContinuous):
             )
         if isinstance(posterior.target, PyroModel):
             self.check_sites(posterior.target)
+            if posterior.target.degrees:
+                return copy.deepcopy(posterior.flow).then(RecentringLayer(posterior.target))
         return copy.deepcopy(posterior.flow)
 
     def sites(self) -> dict[str, torch.Size]:

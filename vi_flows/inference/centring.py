@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,19 @@ ITERATIONS = (
 )
 DRAWS = 1000  # that compare the choices: ELBOs are then certain to about .1 nats
 NAMED = 4  # sites in a sentence
+
+
+def centred(
+    target: Target, reparam: bool | Mapping[str, Any], device: torch.device | str | None
+) -> tuple[Target, Tensor | None, str]:
+    """The target in coordinates of the user's choice: as written, at given degrees, or by :func:`choose_centring`."""
+    if not isinstance(reparam, (bool, Mapping)):
+        raise ValueError(f"reparam: expected True, False or degrees of centring by site, got {reparam!r}")
+    if isinstance(reparam, bool):
+        return choose_centring(target, device) if reparam else (target, None, "")
+    if not isinstance(target, PyroModel):
+        raise ValueError("reparam: expected True or False for a density, got degrees by site; pass a Pyro model")
+    return target.recentred(reparam), None, ""
 
 
 def choose_centring(target: Target, device: torch.device | str | None) -> tuple[Target, Tensor | None, str]:

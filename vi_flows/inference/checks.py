@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
-from ..targets.values import precision_of
+from ..targets.values import BELIEVED, as_computed, edges, precision_of, show
 from .psis import hidden, khat, khat_upper
 from .quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
-from .weights import Weights, log_mean, log_mean_se, mean_elbo
+from .weights import Weights, in_blocks, log_mean, log_mean_se, mean_elbo
 
 KHAT_BOUND = 0.7  # from where weights, as they are, do not serve to compare others with
 UNSEEN, MEAN_UNSEEN = 0.02, 0.05  # what weights beyond those drawn may carry: of the integral, of means (in sd)
@@ -23,6 +23,7 @@ PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64) 
 LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
 MISSING_MASS = 0.02
 ROUNDED = 0.01  # nats that log p may be rounded by; more, and differences between draws are noise that looks like p
+HIDDEN = 0.002  # of the mass, that may lie where log p is NaN or has overflowed; more, and a claim would be of a part
 DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
 SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
@@ -72,11 +73,11 @@ def of_weights(
     mendable = _mendable(log_w, found[1], growth)
     if mendable or growth <= 1:
         unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
-        found.insert(1, tails_of_means(names, unseen[0]))
+        found.insert(1, tails_of_means(names, unseen))
     mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
     return [
         *found,
-        sds(names, values, unseen[1]),
+        sds(names, values, unseen),
         mass(pooled.log_w, own.log_w, two),
         divergence(pooled.log_w, own.log_w, two),
         own_draws(names, mine, values),
@@ -130,8 +131,11 @@ def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, 
 
 
 def tails_of_means(names: list[str], unseen: Tensor) -> Check:
-    """By how much weights beyond those drawn may move a mean, in sd."""
-    worst, name = _worst(unseen, names)
+    """By how much weights beyond those drawn may move a mean, in sd, by unseen (2, Q) of means and log sds.
+
+    Where neither is bounded, as for a Cauchy, there may be no mean to move: :func:`sds` leaves it out of the claim.
+    """
+    worst, name = _worst(torch.where(_endless(unseen), 0.0, unseen[0]), names)
     passed = worst < MEAN_UNSEEN
     sentence = f"weights beyond those drawn move means by up to {worst:.3f} sd ({name}"
     sentence += ")" if passed else f"), not below {MEAN_UNSEEN}"
@@ -148,17 +152,29 @@ def precision(names: list[str], values: Estimates) -> Check:
     return Check("precision", worst, 1.0, worst < 1, sentence)
 
 
-def sds(names: list[str], values: Estimates, unseen: Tensor | float = 0.0) -> Check:
-    """How far log sds may be off: by what no weight has shown (Q,), and by 2 se."""
-    error = unseen + TWO * values.log_sd_se
+def sds(names: list[str], values: Estimates, unseen: Tensor | None = None) -> Check:
+    """How far log sds may be off: by what no weight has shown, unseen (2, Q) of means and log sds, and by 2 se."""
+    error = TWO * values.log_sd_se + (0.0 if unseen is None else unseen[1])
     worst, name = _worst(error, names)
     if worst < LOG_SD:
         sentence = f"the least certain log sd, of {name}, is off by less than {worst:.3f}"
         return Check("sds", worst, LOG_SD, True, sentence)
-    many = [names[i] for i in (~(error < LOG_SD)).nonzero()[:, 0].tolist()]
-    shown = ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
-    sentence = f"tails are too heavy to tell the sd of {shown} to {LOG_SD:.0%}: rely on quantiles there, not on sds"
+    sentence = f"tails are too heavy to tell the sd of {_listed(names, ~(error < LOG_SD))} to {LOG_SD:.0%}: "
+    sentence += "rely on quantiles there, not on sds"
+    if unseen is not None and bool(_endless(unseen).any()):
+        sentence += f"; nor, for {_listed(names, _endless(unseen))}, on means, which may not exist"
     return Check("sds", worst, LOG_SD, False, sentence)
+
+
+def _endless(unseen: Tensor) -> Tensor:
+    """Of which quantities (Q,) neither mean nor sd is bounded by what has been drawn."""
+    return unseen.isinf().all(0)
+
+
+def _listed(names: list[str], which: Tensor) -> str:
+    """The first few of the names that a mask (Q,) picks, and how many more."""
+    many = [names[i] for i in which.nonzero()[:, 0].tolist()]
+    return ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
 
 
 def rounding(target: Target, pooled: Weights) -> Check:
@@ -175,6 +191,29 @@ def rounding(target: Target, pooled: Weights) -> Check:
     wider = "" if dtype == torch.float64 else ", or compute it in float64 throughout"
     sentence += f", not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
     return Check("rounding", error, ROUNDED, False, sentence)
+
+
+def holes(target: Target, pooled: Weights) -> list[Check]:
+    """Where draws of m had no value to believe: how much of p has a log p below that at which such a region begins.
+
+    What lies in it cannot be known; but where log p falls on, it is no more than that. None where all had values.
+    """
+    lost = (~(pooled.log_p > -math.inf)).nonzero()[:, 0]
+    value = in_blocks(lambda rows: as_computed(target, rows), pooled.x[lost]) if len(lost) else pooled.log_p[:0]
+    log_p = pooled.log_p.index_put((lost,), value)
+    bad = ~(log_p <= BELIEVED)
+    rows, edge, _ = edges(target, pooled.x, log_p, bad)
+    if not len(rows):
+        return []
+    i = int(edge.argmax())
+    weight = pooled.log_w.softmax(0).nan_to_num(0.0)
+    share = float(weight[pooled.log_p < edge[i]].sum())
+    where = f"log p is {float(log_p[rows[i]]):.3g} at x = {show(pooled.x[rows[i]])}"
+    if share < HIDDEN:
+        sentence = f"{where}, beyond all but {share:.2%} of the mass"
+    else:
+        sentence = f"{where}, beside draws that weigh ({share:.1%} of the mass may lie there): repair the density there"
+    return [Check("holes", share, HIDDEN, share < HIDDEN, sentence)]
 
 
 def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:

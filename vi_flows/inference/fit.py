@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..flows.distribution import Flow
-from ..targets import PyroModel, Target, check_target, resolve_target, settle_dtype
+from ..targets import Target, check_target, resolve_target, settle_dtype
+from ..targets.check import where_it_starts
 from ..targets.values import told_of_values
-from .centring import choose_centring
+from .centring import centred
 from .checks import Check
 from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
 from .initialise import joined
@@ -27,7 +28,7 @@ from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
 from .psis import import_arviz
-from .start import FlowChoice, Start, Starts, starts
+from .start import FlowChoice, Start, Starts, init_points, starts
 from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
@@ -68,8 +69,6 @@ class Options:
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
         if not (isinstance(self.capture, bool) or self.capture == "auto"):
             raise ValueError(f'capture: expected "auto", True or False, got {self.capture!r}')
-        if not isinstance(self.reparam, (bool, Mapping)):
-            raise ValueError(f"reparam: expected True, False or degrees of centring by site, got {self.reparam!r}")
         for name in ("compile", "correct"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -119,7 +118,7 @@ def fit(
     correct: where importance weights are unreliable although all modes are seen, anneal (:meth:`Posterior.anneal`), and
         return that if it can be claimed. False leaves the verdict at what the weights say.
     reparam: True centres, or does not, each site of a model whose location or scale is latent, as the ELBO says (see
-        :func:`vi_flows.inference.centring.choose_centring`): values keep their names and scale, and a note says what
+        :func:`vi_flows.inference.centring.centred`): values keep their names and scale, and a note says what
         was chosen. False leaves the model as written; degrees of centring by site ({"theta": 0.0}) settle them.
     rehearse: so many data sets are drawn from the fit and refitted (:meth:`Posterior.rehearse`), at some seconds each.
 
@@ -158,7 +157,8 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def prepare(target: Target, options: Options) -> Target:
-    """Step 0: the target in its working precision, checked on points uniform in (−2, 2)."""
+    """Step 0: the target in its working precision, checked on points uniform in (−2, 2), or near its starts where none
+    of these has a value."""
     points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         if not hasattr(target, "to"):
@@ -169,6 +169,8 @@ def prepare(target: Target, options: Options) -> Target:
         if options.capture != "auto":
             target = copy.copy(target)
             target.capture = options.capture
+    near = init_points(target, options.init) if isinstance(options.init, (dict, Tensor)) else None
+    points = where_it_starts(target, points, near)
     if options.dtype is None:
         return settle_dtype(target, points)
     check_target(target, points)
@@ -212,13 +214,7 @@ def _centred(target: Target, options: Options) -> tuple[Target, Tensor | None, s
     if isinstance(options.init, Posterior):
         degrees = getattr(options.init.target, "degrees", {})
         return (target.recentred(degrees) if degrees else target), None, ""
-    if isinstance(options.reparam, Mapping):
-        if not isinstance(target, PyroModel):
-            raise ValueError("reparam: expected True or False for a density, got degrees by site; pass a Pyro model")
-        return target.recentred(options.reparam), None, ""
-    if not options.reparam or callable(options.init):
-        return target, None, ""
-    return choose_centring(target, options.device)
+    return centred(target, options.reparam and not callable(options.init) and options.reparam, options.device)
 
 
 def _forecast(found: Starts, target: Target, options: Options, bar: Progress) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets.target import Target, check_finite
-from .checks import Check, of_weights, rounding
+from .checks import Check, holes, of_weights, rounding
 from .clock import Clock, draw_seconds
 from .gaussian import Gaussians
 from .necks import necks
@@ -31,7 +31,7 @@ CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling fro
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
 TIME = "time"  # the check that fails where a stage was cut short by max_seconds
-CARRIED = (CONDITION, "proper", "rounding", IMPROPER, TIME)  # checks of a fit that hold for what is made of its draws
+CARRIED = (CONDITION, "proper", "rounding", "holes", IMPROPER, TIME)  # checks of a fit that hold for corrections
 UNRELIABLE = "do not rely on these draws"
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
@@ -95,7 +95,8 @@ def judge(
     - sds: log sds are certain to 0.1, else a claim says of which it is not made;
     - mass outside q: |log Ẑ_m − log Ẑ_q| + 2 se < 0.02; divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05; own draws:
       means of unweighted draws of q within 0.1 sd, and those probabilities within .015/.03/.015, of the weighted ones;
-    - rounding: log p is told to .01 nats in the precision it is computed in;
+    - rounding: log p is told to .01 nats in the precision it is computed in; holes: where draws had no value, NaN or
+      above values.BELIEVED, less than .002 of the mass can lie;
     - unseen basins: none of ``probes``, ends of paths from starts that m was not built from, holds mass unseen;
     - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out;
       necks: moves of scales together with what they spread leave them as they are.
@@ -180,7 +181,7 @@ def _probed(
     each: float,
 ) -> list[Check]:
     """The checks that ask the target anew; those that cost something only where all else passes."""
-    found = [rounding(target, pooled)]
+    found = [rounding(target, pooled), *holes(target, pooled)]
     found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
     if _claimed(checks + found):
         if _too_long(clock, PROBED * each):

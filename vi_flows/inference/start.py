@@ -57,7 +57,7 @@ def starts(
         return _warm_start(init, target, place)
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    given = [points for points in (_init_points(target, init), near) if points is not None]
+    given = [points for points in (init_points(target, init), near) if points is not None]
     located = locate(target, start_points(target, torch.cat(given) if given else None, device=device))
     flows = [_on_gaussian(choice, located, place)]
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
@@ -134,7 +134,7 @@ def resolve_flow(
     return flow, "the flow given", None
 
 
-def _init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
+def init_points(target: Target, init: Tensor | dict[str, Any] | None) -> Tensor | None:
     """Values to start near, as unconstrained points (n, dim)."""
     if init is None:
         return None

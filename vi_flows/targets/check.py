@@ -15,6 +15,7 @@ RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}  # of two calls at the same x
 ROW_RTOL = 1e-4
 MAX_SINGLES = 6  # rows evaluated alone
 MAX_DIFFERENCES = 8  # points at which the gradient is compared with finite differences
+JITTER = 1e-6  # of points about given ones, so that none are the same
 WITHOUT_GRADIENT = 0.2  # of the points, that may have a log p but no gradient, where NaN is skipped
 
 
@@ -51,6 +52,26 @@ def check_target(target: Target, x: Tensor) -> CheckReport:
         first = finite.nonzero()[:MAX_DIFFERENCES, 0]
         precision = _check_differences(target, x[first], gradient[first], precision, name)
     return CheckReport(len(x), int(log_p.isfinite().sum()), precision)
+
+
+def where_it_starts(target: Target, x: Tensor, near: Tensor | None = None) -> Tensor:
+    """x (N, dim), or, where the target has no finite value at any of them, as many points about the other starts.
+
+    near: (n, dim), those that the user gave; a model has draws of its prior.
+    """
+    prior = getattr(target, "prior", None)
+    if near is None and prior is None:
+        return x
+    try:
+        with torch.no_grad():
+            if bool(target.log_prob(x).isfinite().any()):
+                return x
+            given = prior(len(x)) if near is None else near.repeat(len(x) // len(near) + 1, 1)[: len(x)]
+            given = given.to(x)
+            given = given + JITTER * (1 + given.abs()) * torch.randn_like(given)
+            return given if bool(target.log_prob(given).isfinite().any()) else x
+    except Exception:  # what is wrong with a target is told where it is checked
+        return x
 
 
 def settle_dtype(target: Target, x: Tensor) -> Target:
@@ -150,6 +171,7 @@ def _check_values(target: Target, x: Tensor, log_p: Tensor, name: str) -> None:
             f"{name}: expected finite values, got {got} at all {len(x)} points, first x = {show(x[0])}; {remedy}"
         )
     # a model may well say −inf, where its data lie outside a support
+    log_p = sign * value
     i = beside_mass(target, x, log_p, bad if isinstance(target, LogDensity) else bad & (log_p != -torch.inf))
     if i is not None:
         warnings.warn(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .capture import WAIT, Captured
 from .pyro_centring import Centring, Frame
@@ -200,7 +203,7 @@ class PyroModel:
             values, _ = self._transform(x.to(dtype=self.dtype, device=self.device))
             if not computed:
                 return values
-            evaluate = torch.func.vmap(self._run.deterministic) if self.mode == "vmap" else self._deterministic_in_turn
+            evaluate = self._each(self._run.deterministic)
             blocks = []
             for start in range(0, len(x), BLOCK):
                 block = {name: value[start : start + BLOCK] for name, value in values.items()}
@@ -264,15 +267,17 @@ class PyroModel:
         """Sentences on what the model was given: its data, or that it has none, and what is held fixed."""
         return account(self.observed, self.factors, self.fixed)
 
-    def _transform(self, x: Tensor) -> tuple[Values, Tensor | None]:
+    def _transform(self, x: Tensor, raw: Values | None = None) -> tuple[Values, Tensor | None]:
         """The latent values, each (N, *shape), and log|det dT/dx| (N,), None for the identity.
 
-        Of sites with coordinates of their own these take the place of values, for which the model must be run.
+        Of sites with coordinates of their own (``raw``: of these) they take the place of values, for which the model
+        must be run.
         """
+        raw = self.degrees if raw is None else raw
         values: Values = {}
         total: Tensor | None = None
         for site in self.sites:
-            if site.name in self.degrees:
+            if site.name in raw:
                 values[site.name] = x[:, site.slice].reshape(len(x), *site.unconstrained_shape)
                 continue
             values[site.name], log_det = site.constrained(x)
@@ -297,9 +302,6 @@ class PyroModel:
             shaped[site.name] = value.reshape(len(value), *(1,) * (depth - batch), *site.shape)
         return self._run.log_joint_in_plate(shaped, dim=-1 - depth)
 
-    def _deterministic_in_turn(self, values: Values) -> Values:
-        return _in_turn(self._run.deterministic, values)
-
     def _computed(self) -> dict[str, torch.Size]:
         """The sites whose values only a run of the model tells, with their shapes."""
         own = {site.name: site.shape for site in self.sites if site.name in self.degrees}
@@ -309,23 +311,29 @@ class PyroModel:
         """x (N, dim) with the coordinates of recentred sites at values (N, *shape) in its place."""
         if not self.degrees:
             return x
-        over = torch.func.vmap if self.mode == "vmap" else lambda fn: lambda rows: _in_turn(fn, rows)
         with self._run.settings():
-            return self._placed(x, over(self._run.coordinates)(values))
+            return self._placed(x, self._each(self._run.coordinates)(values))
+
+    def _each(self, fn: Callable[[Values], Any]) -> Callable[[Values], Any]:
+        """fn of one point, over all rows of values."""
+        return torch.func.vmap(fn) if self.mode == "vmap" else lambda values: _in_turn(fn, values)
 
     def translate(self, x: Tensor, other: PyroModel) -> Tensor:
         """The coordinates in ``other``, the same model at other degrees of centring, of points x (N, dim) of this."""
+        return self.translate_and_logdet(x, other)[0]
+
+    def translate_and_logdet(self, x: Tensor, other: PyroModel) -> tuple[Tensor, Tensor]:
+        """x' (N, dim) of :meth:`translate`, and log|dx'/dx| (N,)."""
         names = [name for name in self.centrable if name in (self.degrees | other.degrees)]
         if not names:
-            return x
-        one = torch.ones((), dtype=self.dtype, device=self.device)
-        here = self.recentred({name: self.degrees.get(name, one) for name in names})
-        degrees = {name: other.degrees.get(name, one) for name in names}
-        with self._run.settings():
-            given, _ = here._transform(x.to(dtype=self.dtype, device=self.device))
-            translated = lambda row: here._run.translated(row, degrees)  # noqa: E731 (of one row, for vmap)
-            moved = torch.func.vmap(translated)(given) if self.mode == "vmap" else _in_turn(translated, given)
-        return self._placed(x, moved)
+            return x, x.new_zeros(len(x))
+        one = {name: torch.ones((), dtype=self.dtype, device=self.device) for name in names}
+        run, degrees = copy.copy(self._run), {name: other.degrees.get(name, one[name]) for name in names}
+        run.centring = Centring({s.name: s for s in self.sites if s.name in one}, one | self.degrees)
+        with run.settings():
+            given, _ = self._transform(x.to(dtype=self.dtype, device=self.device), raw=one)
+            moved, log_det = self._each(lambda row: run.translated(row, degrees))(given)
+        return self._placed(x, moved), log_det.to(dtype=x.dtype, device=x.device)
 
     def _placed(self, x: Tensor, coordinates: Values) -> Tensor:
         parts = [coordinates.get(s.name, x[:, s.slice]).reshape(len(x), -1) for s in self.sites]
@@ -361,13 +369,21 @@ class PyroModel:
                     return
                 reasons.setdefault(self.mode, f"{self.mode}: differs from single evaluations")
             self.mode, self.mode_reason = "loop", "; ".join(reasons.values())
-            seconds = self._run.seconds(values)
+            seconds = self._seconds_a_row(values)
         warnings.warn(
             f"PyroModel: evaluating row by row, {1e3 * seconds:.2g} ms each, so that a default fit takes some "
             f"{max(seconds * ROWS_OF_A_FIT / 60, 1):.0f} minutes ({self.mode_reason}); write what vmap refuses as "
             "operations on whole tensors, or pass max_seconds= (or fewer steps=, particles=)",
             stacklevel=4,
         )
+
+    def _seconds_a_row(self, values: Values) -> float:
+        """The time that log p of one row takes, with its gradient, over the rows of values."""
+        values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+        began = time.perf_counter()
+        with torch.enable_grad(), contextlib.suppress(Exception):  # what cannot be differentiated is refused later
+            torch.autograd.grad(self._log_joint(values).sum(), list(values.values()), allow_unused=True)
+        return (time.perf_counter() - began) / len(next(iter(values.values())))
 
     def _trial(self) -> tuple[Values, Tensor]:
         """Latent values at a few points and their log p one by one; refuses a model that is random at fixed values."""
@@ -399,10 +415,10 @@ class PyroModel:
             )
 
 
-def _in_turn(fn: Callable[[Values], Values], values: Values) -> Values:
-    """fn of each row of values, stacked."""
+def _in_turn(fn: Callable[[Values], Any], values: Values) -> Any:
+    """fn of each row of values, its results stacked."""
     rows = [fn({k: v[i] for k, v in values.items()}) for i in range(len(next(iter(values.values()))))]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return tree_map(lambda *parts: torch.stack(parts), *rows)
 
 
 def _describe(run: ModelRun) -> Layout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,19 +115,6 @@ class ModelRun:
         values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
         return values | self.held
 
-    def seconds(self, values: Values) -> float:
-        """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""
-        taken = []
-        for i in range(min(3, len(next(iter(values.values()))))):
-            row = {name: value[i].clone().requires_grad_() for name, value in values.items()}
-            began = time.perf_counter()
-            with torch.enable_grad():
-                log_p = self.log_joint(row)
-                if log_p.requires_grad:
-                    torch.autograd.grad(log_p, list(row.values()), allow_unused=True)
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
     def deterministic(self, values: Values) -> Values:
         """The pyro.deterministic sites at one point, and those given by coordinates. Call under settings()."""
         trace, given = self._at(values)
@@ -139,9 +125,12 @@ class ModelRun:
         """The coordinates, at one point's values, of the sites that ``centring`` names. Call under settings()."""
         return self.centring.coordinates(self.trace(values).nodes)
 
-    def translated(self, values: Values, degrees: Values) -> Values:
-        """Coordinates at other degrees of the sites that ``centring`` names, at one point. Call under settings()."""
-        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self.noise(values).items()}
+    def translated(self, values: Values, degrees: Values) -> tuple[Values, Tensor]:
+        """Coordinates at other degrees of the sites that ``centring`` names, at one point, and the log-determinant of
+        the way there. Call under settings()."""
+        found, own = self.noise(values), self.centring.degrees
+        log_det = [(f.log_det(z, own[n]) - f.log_det(z, degrees[n])).sum() for n, (f, z) in found.items()]
+        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in found.items()}, torch.stack(log_det).sum()
 
     def noise(self, values: Values) -> dict[str, Any]:
         """Frame and noise, at one point, of each site that ``centring`` names. Call under settings()."""

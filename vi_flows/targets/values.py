@@ -37,28 +37,36 @@ def as_computed(target: Target, x: Tensor) -> Tensor:
 
 
 def beside_mass(target: Target, x: Tensor, log_p: Tensor, bad: Tensor) -> int | None:
-    """The first of the ``bad`` rows of x (N, dim) from which the way to the best row leads past log p that matters.
+    """The first of the ``bad`` rows of x (N, dim) whose region without values begins where log p (N,) still matters.
 
-    Where a region without values begins is found by bisection on the segment between: a density that overflows far out
-    has sunk by then, SUNK nats and more below the best; where it has not, NaN may hide a part of the mass. None if
-    there is no such row, or no value at all. Up to BORDERS of the bad rows are looked at.
+    A density that overflows far out has sunk by then, SUNK nats, and one for each dimension, and more below the best;
+    where it has not, NaN may hide a part of the mass. None if there is no such row, or no value at all.
+    """
+    rows, edge, best = edges(target, x, log_p, bad)
+    high = (edge > best - SUNK - x.shape[1]).nonzero()[:, 0]
+    return int(rows[high[0]]) if len(high) else None
+
+
+def edges(target: Target, x: Tensor, log_p: Tensor, bad: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Up to BORDERS of the ``bad`` rows of x (N, dim), log p where their region begins (B,), and the best log p.
+
+    By bisection on the segment from the best row; from a row of −inf the first −inf is sought, from others the first
+    value that is none. log_p (N,): as computed.
     """
     good, rows = log_p.isfinite() & ~bad, bad.nonzero()[:, 0]
     if not bool(good.any()) or not len(rows):
-        return None
+        return rows[:0], log_p[:0], -torch.inf
     best = int(torch.where(good, log_p, -torch.inf).argmax())
     rows = rows[torch.linspace(0, len(rows) - 1, min(BORDERS, len(rows))).long().to(rows.device)]
     inside, outside = x[best].expand(len(rows), -1), x[rows]
     edge, empty = log_p[best].expand(len(rows)), log_p[rows] == -torch.inf
     for _ in range(BISECTIONS):
         middle = (inside + outside) / 2
-        with torch.no_grad():
-            value = target.log_prob(middle)
+        value = as_computed(target, middle)
         known = (value <= BELIEVED) & ((value > -torch.inf) | ~empty)
         inside, outside = torch.where(known[:, None], middle, inside), torch.where(known[:, None], outside, middle)
         edge = torch.where(known, value, edge)
-    high = (edge > log_p[best] - SUNK).nonzero()[:, 0]
-    return int(rows[high[0]]) if len(high) else None
+    return rows, edge, float(log_p[best])
 
 
 def told_of_values(target: Target, x: Tensor, log_p: Tensor) -> list[str]:
