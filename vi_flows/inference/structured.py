@@ -1,0 +1,221 @@
+"""Scales outside, Gaussian inside: locating and the first flow where many coordinates are nearly Gaussian given few."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..flows import recipes
+from ..flows.distribution import Flow
+from ..flows.structured import Features, LeadingLayers, LeadingTails, StructuredLayer, monomials
+from ..targets.target import Target
+from .conditional import Conditional
+from .gaussian import Gaussians, gaussian_vi, scale_of
+from .initialise import start_points
+from .optimise import bfgs_paths, value_and_grad
+from .sparsity import STEP, curvature, influence, pattern
+from .weights import in_blocks, log_weights, mean_elbo
+
+POINTS = 6  # at which curvature is looked at
+LEAST_DIM = 30  # below which flows of all coordinates do as well
+MOVE = 0.3  # of each coordinate at the first look, where no sd is known
+MOVES_MANY, MOVES_SD = 0.5, 0.1  # influence, from where a coordinate belongs to the few: at the first look, by its sd
+MOST_FEW = 8
+MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
+FEATURES = 36  # of polynomials in the few, at most, above degree 1
+MOST_DEGREE = 5
+STARTS, PATH_STEPS, VI_STEPS = 12, 40, 24
+NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
+SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
+ETA_STEP = 1e-3  # of differences over the few
+PAIRS = 4  # of antithetic draws of the many for a bound
+WIDE = 1.25  # times the few's sds, of the points through which polynomials are laid
+RIDGE = 1e-3  # of the features' coefficients, as a share of the points
+EXTREME_SD = 1e6
+
+
+@dataclass(frozen=True)
+class Split:
+    """few: indices; pattern: (dim, dim) of the Hessian; unit: (dim,) scales; points: (N, dim) it was looked at."""
+
+    few: Tensor
+    pattern: Tensor
+    unit: Tensor
+    points: Tensor
+
+
+def split(target: Target) -> Split | None:
+    """Which coordinates move the curvature of many, and how the others hang together; None where none do, or where the
+    others' precision does not factor sparsely."""
+    points = start_points(target)[: 4 * POINTS]
+    found, seen = [], []
+    for x in points:
+        each = curvature(target, x, torch.full_like(x, STEP))
+        if bool(each.isfinite().all()):
+            found.append(each)
+            seen.append(x)
+        if len(found) == POINTS:
+            break
+    if not found:
+        return None
+    of = pattern(found)
+    steps = torch.full_like(points[0], MOVE)
+    moved = torch.stack([influence(target, x, each, of, steps) for x, each in zip(seen, found, strict=True)]).mean(0)
+    usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
+    unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
+    return _split(of, moved, MOVES_MANY, unit, torch.stack(seen))
+
+
+def _split(of: Tensor, moved: Tensor, least: float, unit: Tensor, points: Tensor) -> Split | None:
+    few = moved.argsort(descending=True)[:MOST_FEW]
+    few = few[moved[few] > least].sort().values
+    return Split(few, of, unit, points) if len(few) else None
+
+
+class Marginal:
+    """log p(η) of the few, by Laplace's approximation of the many given them (Rue, Martino & Chopin 2009):
+
+        log p(m, η) + ½ n log 2π − ½ log|P|,  m the maximum of p(·, η) and P the precision there,
+
+    with a differenced gradient. What was solved is remembered: a solution begins at that of the nearest η.
+    """
+
+    def __init__(self, conditional: Conditional):
+        self.conditional, self.dim = conditional, len(conditional.graph.few)
+        self.eta = conditional.unit.new_zeros(0, self.dim)
+        self.u = conditional.unit.new_zeros(0, conditional.n)
+
+    def nearest(self, eta: Tensor) -> Tensor:
+        if not len(self.eta):
+            return eta.new_zeros(len(eta), self.conditional.n)
+        return self.u[torch.cdist(eta, self.eta).argmin(-1)]
+
+    def solve(self, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """m (K, n), and P as (b, log_s)."""
+        u, b, log_s = self.conditional.laplace(eta, self.nearest(eta), SOLVE_STEPS)
+        good = u.isfinite().all(-1)
+        self.eta = torch.cat([self.eta, eta[good]])[-REMEMBERED:]
+        self.u = torch.cat([self.u, u[good]])[-REMEMBERED:]
+        return u, b, log_s
+
+    def value_and_grad(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        u, b, log_s = self.solve(eta)
+        value = self._at(eta, u)
+        grad = []
+        for move in ETA_STEP * torch.eye(self.dim).to(eta):
+            ahead, behind = (self._at(eta + v, self._followed(eta + v, u, b, log_s)) for v in (move, -move))
+            grad.append((ahead - behind) / (2 * ETA_STEP))
+        grad = torch.stack(grad, -1)
+        good = value.isfinite() & grad.isfinite().all(-1)
+        return torch.where(good, value, -torch.inf), torch.where(good[:, None], grad, 0.0)
+
+    def _followed(self, eta: Tensor, u: Tensor, b: Tensor, log_s: Tensor) -> Tensor:
+        """The maximum at a close η, to first order."""
+        return u + self.conditional.newton_step(b, log_s, self.conditional.gradients(eta, u)[1])
+
+    def _at(self, eta: Tensor, u: Tensor) -> Tensor:
+        inside = self.conditional
+        log_s = inside.factor(*inside.precision(eta, u[:, None]))[1]
+        scale = log_s.sum(-1) + inside.unit.log().sum() + 0.5 * inside.n * math.log(2 * math.pi)
+        return inside.values(eta, u) + scale
+
+    def log_prob(self, eta: Tensor) -> Tensor:
+        return _Bound.apply(eta, self)
+
+    def constrain(self, eta: Tensor) -> dict[str, Tensor]:
+        return {"eta": eta}
+
+
+class _Bound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, eta, marginal):
+        with torch.no_grad():
+            value, grad = marginal.value_and_grad(eta)
+        ctx.save_for_backward(grad)
+        return value
+
+    @staticmethod
+    def backward(ctx, of_value):
+        return of_value[:, None] * ctx.saved_tensors[0], None
+
+
+def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians:
+    """The Gaussian over the few: BFGS on the bound from all starts, Newton steps from the best end, Gaussian VI."""
+    ends, _ = bfgs_paths(marginal, starts, iterations=PATH_STEPS, tolerance=1e-2)
+    best = int(ends.value.argmax())
+    if not bool(ends.value[best].isfinite()):
+        raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
+    top = _newton(marginal, ends.x[best], ends.inverse_hessian[best])
+    return gaussian_vi(marginal, top, iterations=VI_STEPS, draws=32)
+
+
+def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
+    """Newton steps on the bound from η (d,), in the frame of a covariance that they renew, to N(η, (−∇²)⁻¹).
+
+    The curvature is differenced over half an sd either way: wide enough to be that of the mass, and not of its top.
+    """
+    tril = scale_of(covariance)
+    for _ in range(NEWTON_STEPS):
+        points = torch.cat([eta[None], eta + WIDTH * tril.mT, eta - WIDTH * tril.mT])
+        value, grad = value_and_grad(marginal, points)
+        inside = grad @ tril
+        ahead, behind = inside[1:].split(len(eta))
+        curved = (behind - ahead) / (2 * WIDTH)
+        each, vectors = torch.linalg.eigh((curved + curved.mT) / 2)
+        size = each.abs().clamp(1e-2, 1e4)
+        step = vectors @ ((vectors.mT @ inside[0]) / size)
+        step = step / (step.abs().max() / LONGEST).clamp_min(1.0)
+        trials = eta + torch.tensor([1.0, 0.3, 0.1]).to(eta)[:, None] * (tril @ step)
+        reached, _ = value_and_grad(marginal, trials)
+        if float(reached.max()) > float(value[0]):
+            eta = trials[int(reached.argmax())]
+        tril = scale_of(tril @ (vectors / size) @ vectors.mT @ tril.mT)
+        if float(inside[0] @ step) < 0.02 and bool((each > 0.3).all() and (each < 3).all()):
+            break
+    return Gaussians(eta[None], tril[None], ("Newton's method over the few",))
+
+
+def degree_of(dim: int) -> int:
+    """The highest total degree of which polynomials in dim variables have at most FEATURES products."""
+    return max((k for k in range(1, MOST_DEGREE + 1) if math.comb(dim + k, k) <= FEATURES), default=1)
+
+
+def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
+    """A flow over the few, and the many given them, laid through Gaussian VI at draws of the few."""
+    inside, dim = marginal.conditional, marginal.dim
+    loc, tril = few.loc[0], few.scale_tril[0]
+    features = Features(torch.tensor(monomials(dim, degree_of(dim))))
+    count = max(4 * len(features), 48)
+    t = WIDE * torch.randn(count, dim).to(loc)
+    t[0] = 0.0
+    eta = loc + t @ tril.mT
+    u, b, log_s = marginal.solve(eta)
+    u, b, log_s = inside.variational(eta, u, b, log_s, PAIRS, 4)
+    phi = features(t)
+    unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
+    graph = inside.graph
+    layer = StructuredLayer(graph, features, loc, tril, unit_loc * inside.unit, unit * inside.unit)
+    scaled = b * (unit[graph.parent] / unit[graph.child])
+    good = torch.isfinite(u).all(-1)
+    values = ((u - unit_loc) / unit, log_s - unit.log(), scaled)
+    layer.lay(*(_laid(phi[good], value[good]) for value in values))
+    first = LeadingLayers(recipes.spline(dim, layers=4 if dim > 1 else 1).double().layers, dim)
+    return Flow([first, layer], LeadingTails(marginal.conditional.dim, dim).to(loc)).to(loc)
+
+
+def _laid(phi: Tensor, values: Tensor) -> Tensor:
+    """Coefficients (F, m) of features (N, F) for values (N, m), by least squares with a ridge on all but the first."""
+    ridge = RIDGE * len(phi) * torch.eye(phi.shape[1]).to(phi)
+    ridge[0, 0] = 0.0
+    return torch.linalg.solve(phi.mT @ phi + ridge, phi.mT @ values)
+
+
+def checked(flow: Flow, target: Target, draws: int = 500) -> tuple[float, float]:
+    """ELBO and variance of the log-weights."""
+    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((draws,)))
+    log_w = log_w.nan_to_num(nan=-math.inf)
+    alive = log_w[log_w > -math.inf]
+    return mean_elbo(log_w), float(alive.var()) if len(alive) > 1 else math.inf
