@@ -17,12 +17,14 @@ from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target
 from .gaussian import Gaussians
-from .initialise import DENSE_DIMS, Located, locate, start_points
+from .initialise import DENSE_DIMS, MANY_DIMS, Located, locate, start_points
 from .mixture import whitened
 from .posterior import Posterior, is_model
 from .scoring import as_flow
+from .structured import LEAST_DIM, Inside, locate_structured
 
 FlowChoice = str | Flow | Callable[[int], Flow]
+PAYS = 30.0  # variance of a structured start's log-weights, from where training is not trusted to mend it
 EVEN = 3e-4  # variance of log-weights below which "auto" takes no flow: at .002 a normal's tails still cost k̂ .7
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
@@ -54,12 +56,39 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
             raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
         return _warm_start(init, target, place)
     if choice != "auto":
-        resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
+        if choice != "structured":
+            resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
+    inside = _inside(target, choice, init, device)
+    if inside is not None and choice == "structured" or (inside is not None and target.dim > MANY_DIMS):
+        return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
     located = locate(target, start_points(target, _init_points(target, init), device=device))
     flows = [_on_gaussian(choice, located, place)]
+    if inside is not None and not located.variance < EVEN:
+        flows.insert(0, _on_structure(choice, inside, place))
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
         flows.insert(0, _on_mixture(choice, located, place))
     return Starts(tuple(flows), located.modes, located.probes)
+
+
+def _inside(target: Target, choice: FlowChoice, init: Any, device: Any) -> Inside | None:
+    """A structured start, if it is asked for, or if the flow is ours to choose and its log-weights say that it pays."""
+    if choice == "structured":
+        found = locate_structured(target)
+        if found is None:
+            raise ValueError('flow: no few coordinates make the others sparse and Gaussian here; take another flow than "structured"')
+        return found
+    if choice != "auto" or init is not None or device not in (None, "cpu") or target.dim < LEAST_DIM:
+        return None
+    found = locate_structured(target)
+    return found if found is not None and found.variance < PAYS else None
+
+
+def _on_structure(choice: FlowChoice, inside: Inside, place: dict[str, Any]) -> Start:
+    few, many = len(inside.flow.layers[1].graph.few), len(inside.flow.layers[1].graph.many)
+    how = f"structured flow: {many} coordinates Gaussian, with a sparse precision, given {few}"
+    if choice == "auto":
+        how += f", chosen as its log-weights vary little (variance {inside.variance:.2g}, limit {PAYS:g})"
+    return Start(inside.flow.to(**place), how, "structured")
 
 
 def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:

@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 
 from ..flows import recipes
+from ..flows.bases import Mixture
 from ..flows.distribution import Flow
 from ..flows.structured import Features, LeadingLayers, LeadingTails, StructuredLayer, monomials
 from ..targets.target import Target
 from .conditional import Conditional
-from .gaussian import Gaussians, gaussian_vi, scale_of
-from .initialise import start_points
+from .gaussian import Gaussians, from_covariance, scale_of
+from .initialise import FRESH, start_points
 from .optimise import bfgs_paths, value_and_grad
 from .sparsity import STEP, curvature, influence, pattern
-from .weights import in_blocks, log_weights, mean_elbo
+from .weights import effective_sample_size, in_blocks, log_density, log_weights
 
 POINTS = 6  # at which curvature is looked at
 LEAST_DIM = 30  # below which flows of all coordinates do as well
-MOVE = 0.3  # of each coordinate at the first look, where no sd is known
-MOVES_MANY, MOVES_SD = 0.5, 0.1  # influence, from where a coordinate belongs to the few: at the first look, by its sd
+MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
+MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
 MOST_FEW = 8
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
-STARTS, PATH_STEPS, VI_STEPS = 12, 40, 24
+STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
+WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 2, 5.0  # draws for each of the few, rounds of them
 NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
 SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
 ETA_STEP = 1e-3  # of differences over the few
@@ -35,22 +37,46 @@ PAIRS = 4  # of antithetic draws of the many for a bound
 WIDE = 1.25  # times the few's sds, of the points through which polynomials are laid
 RIDGE = 1e-3  # of the features' coefficients, as a share of the points
 EXTREME_SD = 1e6
+CHECKED = 400  # draws on which a start is looked at
+FRESH_STARTS = 12  # from which other modes of the many are looked for
 
 
 @dataclass(frozen=True)
 class Split:
-    """few: indices; pattern: (dim, dim) of the Hessian; unit: (dim,) scales; points: (N, dim) it was looked at."""
+    """The many given the few, and values of the few (N, d) to start from."""
 
-    few: Tensor
-    pattern: Tensor
-    unit: Tensor
-    points: Tensor
+    inside: Conditional
+    starts: Tensor
 
 
 def split(target: Target) -> Split | None:
     """Which coordinates move the curvature of many, and how the others hang together; None where none do, or where the
-    others' precision does not factor sparsely."""
-    points = start_points(target)[: 4 * POINTS]
+    others' precision does not factor sparsely.
+
+    Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
+    coordinate may matter only where no mass is.
+    """
+    found, seen = _curved(target, start_points(target))
+    if not found:
+        return None
+    of = pattern(found)
+    usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
+    unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
+    moved = _influences(target, seen, found, of)
+    first = _most(moved, torch.arange(target.dim))
+    inside = Conditional(target, of, first, unit) if len(first) else None
+    if inside is None or len(inside.graph.child) > MOST_ENTRIES:
+        return None
+    eta = torch.stack(seen)[:, first]
+    best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
+    found, seen = _curved(target, best)
+    few = _most(_influences(target, seen, found, of), first) if found else first
+    few = few if len(few) else moved.argmax()[None]
+    return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
+
+
+def _curved(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The curvatures at the first POINTS of the points at which all is finite, and these."""
     found, seen = [], []
     for x in points:
         each = curvature(target, x, torch.full_like(x, STEP))
@@ -59,20 +85,19 @@ def split(target: Target) -> Split | None:
             seen.append(x)
         if len(found) == POINTS:
             break
-    if not found:
-        return None
-    of = pattern(found)
-    steps = torch.full_like(points[0], MOVE)
-    moved = torch.stack([influence(target, x, each, of, steps) for x, each in zip(seen, found, strict=True)]).mean(0)
-    usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
-    unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
-    return _split(of, moved, MOVES_MANY, unit, torch.stack(seen))
+    return found, seen
 
 
-def _split(of: Tensor, moved: Tensor, least: float, unit: Tensor, points: Tensor) -> Split | None:
-    few = moved.argsort(descending=True)[:MOST_FEW]
-    few = few[moved[few] > least].sort().values
-    return Split(few, of, unit, points) if len(few) else None
+def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor) -> Tensor:
+    step = torch.full_like(points[0], MOVE)
+    each = [influence(target, x, curved, of, step) for x, curved in zip(points, found, strict=True)]
+    return torch.stack(each).mean(0)
+
+
+def _most(moved: Tensor, among: Tensor) -> Tensor:
+    """Those of some indices, in order, that move the curvature of others by more than MOVES_MANY: MOST_FEW at most."""
+    top = among[moved[among].argsort(descending=True)][:MOST_FEW]
+    return top[moved[top] > MOVES_MANY].sort().values
 
 
 class Marginal:
@@ -123,7 +148,9 @@ class Marginal:
         return inside.values(eta, u) + scale
 
     def log_prob(self, eta: Tensor) -> Tensor:
-        return _Bound.apply(eta, self)
+        if eta.requires_grad:
+            return _Bound.apply(eta, self)
+        return self._at(eta, self.solve(eta)[0])
 
     def constrain(self, eta: Tensor) -> dict[str, Tensor]:
         return {"eta": eta}
@@ -142,14 +169,30 @@ class _Bound(torch.autograd.Function):
         return of_value[:, None] * ctx.saved_tensors[0], None
 
 
-def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians:
+def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
     """The Gaussian over the few: BFGS on the bound from all starts, Newton steps from the best end, Gaussian VI."""
-    ends, _ = bfgs_paths(marginal, starts, iterations=PATH_STEPS, tolerance=1e-2)
-    best = int(ends.value.argmax())
+    ends, _ = bfgs_paths(marginal, starts[:STARTS], iterations=PATH_STEPS, tolerance=1e-2)
+    best = int(ends.value.nan_to_num(nan=-math.inf).argmax())
     if not bool(ends.value[best].isfinite()):
-        raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
+        return None
     top = _newton(marginal, ends.x[best], ends.inverse_hessian[best])
-    return gaussian_vi(marginal, top, iterations=VI_STEPS, draws=32)
+    return _weighted(marginal, top)
+
+
+def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
+    """The moments of p(η), by rounds of weighted draws around one Gaussian with the tails of a t; no gradients."""
+    at = start
+    for _ in range(WEIGHTED_ROUNDS):
+        wide = Mixture(at.loc, at.scale_tril, df=TAIL_DF, fixed=True)
+        eta = wide.transform(wide.noise((WEIGHTED * marginal.dim,)))
+        log_w = log_density(marginal, eta) - wide.log_prob(eta)
+        w = log_w.softmax(0)
+        if not bool(w.isfinite().all()) or effective_sample_size(log_w) < 4 * marginal.dim:
+            break
+        loc = w @ eta
+        covariance = (w[:, None] * (eta - loc)).mT @ (eta - loc)
+        at = Gaussians(loc[None], scale_of(covariance)[None], ("weighted draws of the few",))
+    return at
 
 
 def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
@@ -213,9 +256,61 @@ def _laid(phi: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.solve(phi.mT @ phi + ridge, phi.mT @ values)
 
 
-def checked(flow: Flow, target: Target, draws: int = 500) -> tuple[float, float]:
-    """ELBO and variance of the log-weights."""
-    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((draws,)))
-    log_w = log_w.nan_to_num(nan=-math.inf)
-    alive = log_w[log_w > -math.inf]
-    return mean_elbo(log_w), float(alive.var()) if len(alive) > 1 else math.inf
+@dataclass(frozen=True)
+class Inside:
+    """A structured flow, the robust variance of its log-weights, a Gaussian like it, and where fresh starts ended."""
+
+    flow: Flow
+    variance: float
+    near: Gaussians
+    probes: Gaussians
+
+
+def locate_structured(target: Target) -> Inside | None:
+    """Split, locate the few, lay the many; None where there is no split, or no finite value near any start."""
+    if target.dim < LEAST_DIM:
+        return None
+    with torch.no_grad():
+        found = split(target)
+        if found is None:
+            return None
+        marginal = Marginal(found.inside)
+        few = locate_few(marginal, found.starts)
+        if few is None:
+            return None
+        flow = structured_flow(marginal, few)
+        near = like(flow)
+        variance = spread_of_weights(flow, target)
+        return Inside(flow, variance, near, fresh_ends(target, found.inside, few, near))
+
+
+def spread_of_weights(flow: Flow, target: Target) -> float:
+    """The variance of a normal with the quartiles of the log-weights: single draws in the tails, which training mends,
+    do not decide."""
+    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((CHECKED,)))
+    quartiles = log_w.nan_to_num(nan=-math.inf).quantile(torch.tensor([0.25, 0.75]).to(log_w))
+    spread = float(quartiles[1] - quartiles[0]) / 1.349
+    return spread**2 if math.isfinite(spread) else math.inf
+
+
+def like(flow: Flow) -> Gaussians:
+    """The Gaussian of the flow's derivative at the centre of its base: for proposals, and to tell modes apart."""
+    eye = WIDTH / 5 * torch.eye(flow.dim, dtype=flow.dtype)
+    ahead, behind, centre = (
+        in_blocks(lambda z: flow().bijection.forward_and_logdet(z)[0], z) for z in (eye, -eye, 0 * eye[:1])
+    )
+    rows = (ahead - behind) / (2 * WIDTH / 5)
+    return from_covariance(centre, (rows.mT @ rows)[None], "scales outside, Gaussian inside")[0]
+
+
+def fresh_ends(target: Target, inside: Conditional, few: Gaussians, near: Gaussians) -> Gaussians:
+    """Where Newton's method over the many leads from starts of their own, at draws of the few: other modes among the
+    many would show."""
+    if not len(near):
+        return near
+    points = start_points(target)[:FRESH_STARTS]
+    eta = few.loc + torch.randn(len(points), few.loc.shape[1]).to(few.loc) @ few.scale_tril[0].mT
+    u = points.index_select(-1, inside.graph.many) / inside.unit
+    x = inside.points(eta, inside.laplace(eta, u, SOLVE_STEPS)[0])
+    x = x[x.isfinite().all(-1)]
+    return Gaussians(x, near.scale_tril.expand(len(x), -1, -1), (FRESH,) * len(x))
