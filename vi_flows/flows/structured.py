@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from ..arguments import whole
 from .bases import Base, StandardNormal, StudentT
 from .bijection import Bijection, Compose, Layer
+from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
+from .recipes import spline
 
 REACH = 4.0  # sd of the few, from where the many follow them no further: a polynomial left alone would run away
+SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
 LOG_SCALE = 8.0  # bound of log s, in the coordinate's own unit: what a training step gone wrong may reach
@@ -154,8 +157,7 @@ class Graph(nn.Module):
 
 
 def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
-    """Exponents of all products of dim variables up to a total degree; above degree 1, with many variables, squares
-    without products belong to degree 2 where those would be more than ``ALL``."""
+    """Exponents of all products of dim variables up to a total degree; the first has none."""
     every = [()]
     for k in range(1, degree + 1):
         every += list(itertools.combinations_with_replacement(range(dim), k))
@@ -197,7 +199,7 @@ class Features(nn.Module):
 
 
 class Bent(Bijection):
-    """g(z) = sinh((asinh z + a)/p) − sinh(a/p): skewed by a, with tails of the power 1/p (Jones & Pewsey 2009)."""
+    """g(z) = sinh((asinh z + a) p) − sinh(a p): skewed by a, with tails of the power p (Jones & Pewsey 2009)."""
 
     def __init__(self, lean: Tensor, bend: Tensor):
         self.lean, self.power = bounded(lean, LEAN), bounded(bend, BEND).exp()
@@ -284,3 +286,20 @@ class StructuredLayer(Layer):
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return Structured(self)
+
+
+def structured(layer: StructuredLayer) -> Flow:
+    """A spline flow over the few, and the layer over it; in the layer's precision."""
+    few = len(layer.graph.few)
+    first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
+    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few).to(layer.loc))
+
+
+def rebuilt(state: dict[str, Tensor]) -> Flow:
+    """The flow of :func:`structured` whose ``state_dict`` this is."""
+    own = {name.removeprefix("layers.1."): value for name, value in state.items() if name.startswith("layers.1.")}
+    graph = Graph(*(own[f"graph.{name}"] for name in ("few", "many", "child", "parent", "depth")))
+    features = Features(own["features.exponents"])
+    flow = structured(StructuredLayer(graph, features, *(own[name] for name in ("loc", "tril", "unit_loc", "unit"))))
+    flow.load_state_dict(state)
+    return flow

@@ -1,4 +1,4 @@
-"""The many given the few: Newton's method and Gaussian VI with a sparse precision, for many values of the few at once."""
+"""The many given the few: Newton's method and Gaussian VI of sparse precision, for many values of the few at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Conditional:
         own = pattern[many][:, many]
         self.seen = own[child, parent]
         self.colours, hub = probing(own)
-        self.by_parent = torch.where(hub[child] & ~hub[parent], 0.0, 1.0).to(unit)  # which products an entry is read from
+        self.by_parent = torch.where(hub[child] & ~hub[parent], 0.0, 1.0).to(
+            unit
+        )  # which products an entry is read from
         self.by_child = torch.where(hub[parent] & ~hub[child], 0.0, 1.0).to(unit)
         self.unit = unit[many]
         self._pairs = self._updates()
@@ -61,9 +63,9 @@ class Conditional:
         for k in range(graph.count):
             left, right = [], []
             for i in range(graph.starts[k], graph.starts[k + 1]):
-                j, l = np.tril_indices(first[i + 1] - first[i], -1)
+                j, i_k = np.tril_indices(first[i + 1] - first[i], -1)
                 left.append(first[i] + j)
-                right.append(first[i] + l)
+                right.append(first[i] + i_k)
             left, right = np.concatenate(left), np.concatenate(right)
             of = np.maximum(at[parent[left], parent[right]], at[parent[right], parent[left]])
             out.append(tuple(torch.as_tensor(v, dtype=torch.long) for v in (left, right, of)))

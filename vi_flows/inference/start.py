@@ -55,11 +55,10 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
         if choice != "auto":
             raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
         return _warm_start(init, target, place)
-    if choice != "auto":
-        if choice != "structured":
-            resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
+    if choice not in ("auto", "structured"):
+        resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
     inside = _inside(target, choice, init, device)
-    if inside is not None and choice == "structured" or (inside is not None and target.dim > MANY_DIMS):
+    if inside is not None and (choice == "structured" or target.dim > MANY_DIMS):
         return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
     located = locate(target, start_points(target, _init_points(target, init), device=device))
     flows = [_on_gaussian(choice, located, place)]
@@ -75,7 +74,9 @@ def _inside(target: Target, choice: FlowChoice, init: Any, device: Any) -> Insid
     if choice == "structured":
         found = locate_structured(target)
         if found is None:
-            raise ValueError('flow: no few coordinates make the others sparse and Gaussian here; take another flow than "structured"')
+            raise ValueError(
+                'flow: no few coordinates make the others sparse and Gaussian here; take another flow than "structured"'
+            )
         return found
     if choice != "auto" or init is not None or device not in (None, "cpu") or target.dim < LEAST_DIM:
         return None

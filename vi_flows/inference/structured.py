@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..flows import recipes
 from ..flows.bases import Mixture
 from ..flows.distribution import Flow
-from ..flows.structured import Features, LeadingLayers, LeadingTails, StructuredLayer, monomials
+from ..flows.structured import Features, StructuredLayer, monomials, structured
 from ..targets.target import Target
 from .conditional import Conditional
 from .gaussian import Gaussians, from_covariance, scale_of
@@ -245,8 +244,7 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     good = torch.isfinite(u).all(-1)
     values = ((u - unit_loc) / unit, log_s - unit.log(), scaled)
     layer.lay(*(_laid(phi[good], value[good]) for value in values))
-    first = LeadingLayers(recipes.spline(dim, layers=4 if dim > 1 else 1).double().layers, dim)
-    return Flow([first, layer], LeadingTails(marginal.conditional.dim, dim).to(loc)).to(loc)
+    return structured(layer)
 
 
 def _laid(phi: Tensor, values: Tensor) -> Tensor:
