@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference import annealing, correct
 from vi_flows.inference.checks import Check
+from vi_flows.inference.clock import Clock
 from vi_flows.inference.gaussian import Gaussians
+from vi_flows.inference.progress import Progress
 from vi_flows.inference.proposal import DefensiveProposal
 
 LOG_2PI = math.log(2 * math.pi)
 FEW = {"particles": 400, "replicates": 4}
+TAILS = Check("tails", 1.0, 0.02, False, "a few draws carry the estimates")
 
 
 def gaussian_flow(loc, tril):
@@ -375,3 +379,49 @@ def test_a_check_that_concerns_the_target_is_carried_over():
     verdict = dataclasses.replace(posterior.verdict, checks=(missed,))
     annealed = dataclasses.replace(posterior, verdict=verdict).anneal()
     assert annealed.verdict.status == "unreliable" and missed in annealed.verdict.checks
+
+
+def test_the_time_that_annealing_takes_is_told_before_it_is_taken(wrong):
+    """The pilot tells pilot and runs; where they may not take it, one line says so."""
+    told, path = [], path_of(wrong.flow, wrong.target, wrong.modes)
+    with torch.no_grad():
+        began = time.monotonic()
+        rungs = annealing.pilot(path, 400, replicates=4, afford=told.append)
+        done = time.monotonic() - began
+        for _ in range(4):
+            annealing.run(path, rungs, 400)
+        took = time.monotonic() - began
+    assert len(told) == len(rungs) and told[-1] > done
+    assert took / 4 < told[-1] < 4 * took
+    with pytest.raises(ValueError, match=r"^annealing would take about .*, and is given 0 s: posterior.anneal"):
+        correct.anneal(wrong, 400, 4, 0, progress=False, threads=1, seconds=1e-3)
+
+
+def test_temperatures_to_come():
+    """By the last factor, from the third on: 1/50 = 2^−5.6."""
+    assert annealing._temperatures_left(0.01, 0.02, 3) == 6
+    assert annealing._temperatures_left(0.01, 0.02, 2) == annealing._temperatures_left(0.9, 1.0, 5) == 0
+    assert annealing._temperatures_left(0.1, 0.1, 5) == annealing.MOST_RUNGS
+
+
+def test_one_temperature_mends_nothing():
+    """A pilot that sees m and p as one, although weights failed: runs from there would agree with each other."""
+    target = vf.LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=1)
+    posterior = vf.diagnose(gaussian_flow([0.0], [[1.1]]), target, progress=False, num_draws=1000)
+    unreliable = dataclasses.replace(posterior, verdict=posterior.verdict.refused(TAILS))
+    with pytest.raises(ValueError, match=r"^annealing would repeat what is wrong \(tails\)"):
+        unreliable.anneal(**FEW)
+    with Progress(False) as bar:
+        mended = correct.mended(unreliable, Clock(None), bar)
+    assert mended.verdict.status == "unreliable" and "one temperature" in mended.notes[-1]
+
+
+def test_nothing_is_annealed_that_has_no_place_or_no_time(wrong):
+    for name in ("improper", "unseen basins", "time"):
+        verdict = wrong.verdict.refused(Check(name, 1.0, 1.0, False, "so"))
+        kept = dataclasses.replace(wrong, verdict=verdict)
+        with Progress(False) as bar:
+            assert correct.mended(kept, Clock(None), bar) is kept
+    with Progress(False) as bar:
+        late = correct.mended(dataclasses.replace(wrong, verdict=wrong.verdict.refused(TAILS)), Clock(1e-3), bar)
+    assert late.verdict.status == "unreliable" and "annealing would take" in late.notes[-1]

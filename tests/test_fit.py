@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ import torch
 
 import vi_flows as vf
 from vi_flows.inference import training
+from vi_flows.inference.clock import FLOOR, Clock, late
 from vi_flows.inference.training import train
 from vi_flows.inference.weights import log_weights, mean_elbo
 
@@ -379,3 +381,41 @@ def test_a_target_of_ones_own_needs_three_names():
     post = vf.fit(Ball(), **QUICK)
     assert post.verdict.status == "reliable" and list(post.summary().index) == ["radius"]
     assert post.summary().loc["radius", "mean"] == pytest.approx(math.sqrt(math.pi / 2), abs=0.02)
+
+
+def test_the_limit_of_time_covers_all_stages():
+    """A density of 20 ms a call: locating is cut short, and nothing claimed; a quick one is claimed in its time."""
+
+    def slow(x):
+        time.sleep(0.02)
+        return -0.5 * x.square().sum(-1)
+
+    began = time.monotonic()
+    post = vf.fit(vf.LogDensity(slow, dim=3), progress=False, max_seconds=3)
+    assert time.monotonic() - began < 9
+    assert post.verdict.status == "unreliable" and "max_seconds" in post.verdict.reasons[1]
+    assert "time" in {check.name for check in post.verdict.checks if not check.passed}
+    quick = vf.fit(mixture(0.0), progress=False, max_seconds=60)
+    assert quick.verdict.status == "reliable"
+
+
+def test_the_clock():
+    clock = Clock(10.0)
+    clock.began -= 5
+    assert clock.left() == pytest.approx(5, abs=0.1) and clock.left(0.8, 3) == pytest.approx(1, abs=0.1)
+    assert clock.left(0.1) == 0 and Clock(None).left() is None
+    assert [clock.training_share(s) for s in (0.0, 2.5, 9.0)] == pytest.approx([0.8, 0.7, 0.6])
+    for share, cut in ((0.4, ["locating"]), (0.9, [])):
+        clock.cut = []
+        with clock.ending("locating", share):
+            assert late() == bool(cut)
+        assert clock.cut == cut and not late()
+    clock.laps = {"locating": 2.0, "training": 40.0}
+    assert clock.for_annealing() == pytest.approx(5, abs=0.1)
+    clock.limit = None
+    assert clock.for_annealing() == 42 and Clock(None).for_annealing() == FLOOR
+
+
+def test_what_is_to_come_is_shown(capsys):
+    vf.fit(mixture(0.0), steps=20, particles=64, num_draws=500)
+    assert "to come: training at most" in capsys.readouterr().err

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.propriety import improper, slow_rays
+from vi_flows.inference.posterior import seeded
+from vi_flows.inference.proposal import DefensiveProposal
+from vi_flows.inference.propriety import combination, improper, slow_combinations, slow_rays
+from vi_flows.inference.start import starts
+from vi_flows.inference.weights import Weights
 
 IMPROPER = {
     "rises": (lambda x: -0.5 * x[:, 0] ** 2 + 0.1 * x[:, 1], {"+x[1]"}),
@@ -71,3 +75,70 @@ def test_a_fit_of_an_improper_target_says_where():
     posterior = vf.fit(target, steps=100, num_draws=500, progress=False)
     assert posterior.verdict.status == "unreliable" and math.isfinite(posterior.elbo)
     assert "x[1]: the target looks improper" in posterior.verdict.reasons[1]
+
+
+def drawn(target, flow="gaussian"):
+    """Weighted draws of the proposal around a located Gaussian, and its modes."""
+    with seeded(0):
+        found = starts(target, flow, None, None)
+        proposal = DefensiveProposal(found.flows[-1].flow.requires_grad_(False), found.modes)
+        x, log_m, _, _ = proposal.draw(20_000)
+    return Weights(x, log_m, target.log_prob(x)), proposal.modes
+
+
+def springs(x):
+    """Five particles in the plane, held by springs of length 1 between all pairs: no one holds their centre."""
+    i, j = torch.triu_indices(5, 5, 1)
+    place = x.reshape(-1, 5, 2)
+    apart = ((place[:, i] - place[:, j]).square().sum(-1) + 1e-12).sqrt()
+    return 2 * (apart - 1).square().sum(-1)
+
+
+def test_flat_combinations_are_named():
+    """log p that does not change along v, whatever the scales of the coordinates."""
+    v = torch.tensor([3.0, 0.0, -4.0, 0.0]).double()
+    basis = torch.linalg.qr(torch.cat([v[:, None] / 5, torch.randn(4, 3).double()], 1))[0][:, 1:]
+    target = vf.LogDensity(lambda x: -0.5 * (x @ basis * torch.tensor([1.0, 10.0, 1e3])).square().sum(-1), dim=4)
+    found = slow_combinations(target, *drawn(target))
+    assert [name for name, _ in found] == ["0.80 x[2] − 0.60 x[0]"]
+    assert abs(found[0][1]) < 1e-3
+
+
+def test_an_energy_without_a_place_is_improper_along_both_axes():
+    target = vf.Energy(springs, dim=10)
+    posterior = vf.fit(target, flow="gaussian", steps=50, num_draws=500, progress=False)
+    assert posterior.verdict.status == "unreliable" and "annealing" not in posterior.timing
+    said = posterior.verdict.reasons[1]
+    assert "0.45 x[0] + 0.45 x[2] + 0.45 x[4] + 0.45 x[6] + ..." in said and "0.45 x[1] + 0.45 x[3]" in said
+    assert "the target looks improper there" in said
+    assert "improper" in {check.name for check in posterior.verdict.checks if not check.passed}
+
+
+def test_separated_data_under_flat_priors_are_improper():
+    x = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.5, 0.6], [-1.1, -0.2], [0.8, 0.9], [-0.4, -0.7]])
+    y = (x[:, 0] > 0).float()
+
+    def model():
+        with pyro.plate("k", 2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0).mask(False))
+        with pyro.plate("n", 6):
+            pyro.sample("y", dist.Bernoulli(logits=x.to(b.dtype) @ b), obs=y.to(b.dtype))
+
+    target = vf.PyroModel(model)
+    assert slow_rays(target) == [] or "b[0]" in slow_rays(target)[0][0]
+    assert "b[0]" in improper(target, *drawn(target))
+
+
+@pytest.mark.parametrize("df", [0.3, 1.0, 4.0])
+def test_heavy_tails_are_proper_along_combinations_too(df):
+    law, mixing = torch.distributions.StudentT(df), torch.randn(4, 4).double() * torch.logspace(-2, 2, 4).double()
+    target = vf.LogDensity(lambda x: law.log_prob(x @ mixing).sum(-1), dim=4)
+    assert slow_combinations(target, *drawn(target)) == []
+
+
+def test_a_combination_in_words():
+    names = ["mu", "a[0]", "a[1]", "a[2]", "a[3]"]
+    step = torch.tensor([0.5, -0.5, -0.5, 0.01, -0.5]).double()
+    assert combination(step, names) == "0.50 mu − 0.50 a[0] − 0.50 a[1] − 0.50 a[3]"
+    assert combination(-step, names) == "−0.50 mu + 0.50 a[0] + 0.50 a[1] + 0.50 a[3]"
+    assert combination(torch.ones(5).double() / 5**0.5, names).endswith("0.45 a[2] + ...")

@@ -11,6 +11,7 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
 from vi_flows.inference.conditional import Conditional
+from vi_flows.inference.initialise import start_points
 from vi_flows.inference.sparsity import coloured, curvature, elimination, pattern, probing
 from vi_flows.inference.structured import Marginal, degree_of, like, locate_structured, split
 from vi_flows.inference.weights import log_weights
@@ -207,7 +208,7 @@ def hierarchy(groups):
 def test_the_marginal_of_the_few_is_exact_where_the_many_are_gaussian():
     model, each, log_tau = hierarchy(40)
     target = vf.PyroModel(model)
-    found = split(target)
+    found = split(target, start_points(target))
     few = found.inside.graph.few.tolist()
     assert few == [1]  # log τ: μ and θ are Gaussian given it
     value, grad = Marginal(found.inside).value_and_grad(log_tau[400:2000:100, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from statistics import NormalDist
 
 import pytest
@@ -14,9 +15,10 @@ from vi_flows.flows.distribution import Flow
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference import checks, probing
+from vi_flows.inference.clock import Clock
 from vi_flows.inference.gaussian import Gaussians
 from vi_flows.inference.initialise import FRESH
-from vi_flows.inference.judge import judge
+from vi_flows.inference.judge import FIRST, judge
 from vi_flows.inference.posterior import seeded
 from vi_flows.inference.proposal import DefensiveProposal
 from vi_flows.inference.propriety import FAR, far_shares
@@ -158,6 +160,16 @@ def test_precision_asks_for_some_seven_thousand_draws():
     assert check[0].statistic == pytest.approx(math.sqrt(0.25 / 6500) / 0.006, rel=1e-3)
 
 
+def test_errors_of_probabilities_count_equal_draws_together():
+    """Against Σ w̄² (1[θ ≤ q] − P)² for a quantity of few values."""
+    with seeded(13):
+        x, log_w = torch.randint(0, 5, (500, 30)).double(), torch.randn(500, dtype=torch.float64)
+    found, w = estimate(x, log_w), log_w.softmax(0)
+    below = (x <= found.quantiles[:, None]).double()
+    error = (w.square()[:, None] * (below - (w @ below)[:, None]).square()).sum(1).sqrt()
+    assert torch.allclose(found.probability_se, error, atol=1e-12)
+
+
 def test_sds_that_tails_leave_open_are_named_and_left_out_of_the_claim():
     """A t of 3 degrees of freedom, whose fourth moment is infinite, beside a normal: only its own sd is left out."""
     law = torch.distributions.StudentT(3.0)
@@ -192,6 +204,47 @@ def test_a_later_attempt_is_judged_more_strictly():
 def _judged(flow, target, seed=7, **options):
     with seeded(seed):
         return judge(flow, target, **options).verdict
+
+
+# when judging ends
+
+
+def judged(flow, target, **options):
+    with seeded(3):
+        return judge(flow, target, num_draws=1000, **options)
+
+
+def test_draws_are_doubled_where_that_mends():
+    """A flow 1.35 times too wide in 22 dimensions: weights have an ESS of (√2.645/1.8225)²² = 8 % of the draws."""
+    found = judged(gaussian_flow(22, 1.35), normal(22))
+    assert len(found.proposal.x) > FIRST and found.verdict.status != "unreliable"
+    assert len(judged(gaussian_flow(22, 1.05), normal(22)).proposal.x) == FIRST
+
+
+def test_judging_ends_where_no_doubling_mends():
+    """A flow 2 units off in each of 22 dimensions: a few draws carry all the weight, whatever their number."""
+    found = judged(gaussian_flow(22, 1.0, shift=2.0), normal(22), modes=None)
+    assert len(found.proposal.x) == FIRST and found.verdict.status == "unreliable"
+    assert {"tails", "precision"} <= set(named(found.verdict)) and "tails of means" not in named(found.verdict)
+
+
+@pytest.mark.parametrize(("shape", "mends"), [(0.3, True), (0.95, False)])
+def test_a_tail_that_more_draws_cannot_mend(shape, mends):
+    log_w = pareto_weights(shape, 1.0, 40_000, torch.Generator().manual_seed(4)).log_softmax(0)
+    precise = [checks.Check("precision", r, 1.0, r < 1, "") for r in (0.5, 3.9, 4.1)]
+    assert [checks._mendable(log_w, check, 4.0) for check in precise] == [mends, mends, False]
+
+
+def test_no_claim_where_time_runs_out():
+    """With all the time as without a limit; with none left a good fit is not claimed, and the check says why."""
+    assert judged(gaussian_flow(2), normal(2), clock=Clock(600.0)).verdict.status == "reliable"
+    found = judged(gaussian_flow(2), normal(2), clock=Clock(1e-3))
+    assert found.verdict.status == "unreliable" and len(found.draws) == len(found.log_weights)
+    assert "max_seconds" in named(found.verdict)["time"].sentence
+    spent = Clock(600.0)
+    spent.limit = time.monotonic() - spent.began + 0.3  # enough for draws, not for moves
+    slow = vf.LogDensity(lambda x: time.sleep(1e-3) or log_normal(x), dim=2)
+    assert judged(gaussian_flow(2), slow, clock=spent).verdict.status == "unreliable"
 
 
 # local moves

@@ -20,7 +20,7 @@ import torch
 from rows import read, wanted, write
 
 from vi_flows.testing import calibrate_verdict
-from vi_flows.testing.calibration import Row
+from vi_flows.testing.calibration import NECKS, Row
 from vi_flows.testing.synthetic import KINDS
 
 HEADER = (
@@ -36,9 +36,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="part of a kind, or several: a,b")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows here, after every row")
     arguments = parser.parse_args()
-    kinds = [kind for kind in KINDS if wanted(kind, arguments.only)]
+    every = (*KINDS, *NECKS)
+    kinds = [kind for kind in every if wanted(kind, arguments.only)] if arguments.only else list(KINDS)
     if not kinds:
-        parser.error(f"--only: expected part of one of {', '.join(KINDS)}, got {arguments.only}")
+        parser.error(f"--only: expected part of one of {', '.join(every)}, got {arguments.only}")
     if arguments.n < 1:
         parser.error(f"--n: expected a positive integer, got {arguments.n}")
     torch.set_num_threads(1)

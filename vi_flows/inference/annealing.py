@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ MOST_RUNGS = 200
 SWEEPS, KEPT = 3, 4  # HMC transitions at each temperature; at the last one, whose states are all kept
 TUNING = 10  # transitions of the pilot run at each temperature, in which the step size settles
 ACCEPTANCE = 0.8
+TOLD = 3  # temperatures, from which on the last two tell how many are to come
 LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
 
 
@@ -134,9 +136,16 @@ class Rung:
         return torch.where(accepted[:, None], z, start), float(change.clamp_max(0.0).exp().mean())
 
 
-def pilot(path: Path, count: int, most: int = MOST_RUNGS) -> list[Rung]:
-    """At most so many temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels."""
+def pilot(
+    path: Path, count: int, most: int = MOST_RUNGS, replicates: int = 0, afford: Callable[[float], None] | None = None
+) -> list[Rung]:
+    """At most so many temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels.
+
+    afford: called at each with the seconds that this pilot and ``replicates`` runs will take, and free to raise.
+    """
+    began, tuned = time.monotonic(), []
     particles, _ = path.draw(FIRST * count)
+    drawn = time.monotonic() - began
     rungs, b, step = [], 0.0, 0.8 * path.base.dim**-0.25
     tril = torch.eye(path.base.dim, dtype=particles.x.dtype, device=particles.x.device)
     while b < 1:
@@ -152,12 +161,25 @@ def pilot(path: Path, count: int, most: int = MOST_RUNGS) -> list[Rung]:
         found = spread_of(z)
         tril = found.scale_tril[0] if len(found) else tril
         rung = Rung(b, tril, step, functools.partial(path.log_prob, b=b))
+        before = time.monotonic()
         for k in range(TUNING):
             particles, rate = move(rung, path, particles)
             rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
         step = rung.step
         rungs.append(rung)
+        if afford is not None:
+            tuned.append(time.monotonic() - before)
+            left = min(_temperatures_left(last, b, len(rungs)), most - len(rungs)) * tuned[-1]
+            runs = replicates * (drawn + SWEEPS / TUNING * (sum(tuned) + left))
+            afford(time.monotonic() - began + left + runs)
     return rungs
+
+
+def _temperatures_left(last: float, b: float, count: int) -> int:
+    """How many more to b = 1, if b goes on growing by the factor that it last grew by."""
+    if b == 1 or count < TOLD:
+        return 0
+    return math.ceil(math.log(1 / b) / math.log(b / last)) if b > last else MOST_RUNGS
 
 
 def next_temperature(b: float, log_ratio: Tensor) -> float:

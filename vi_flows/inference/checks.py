@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from ..targets.values import precision_of
 from .psis import hidden, khat, khat_upper
-from .quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, vary
+from .quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
 from .weights import Weights, log_mean, log_mean_se, mean_elbo
 
 KHAT_BOUND = 0.7  # from where weights, as they are, do not serve to compare others with
@@ -21,6 +22,7 @@ MEAN_SE = 0.025
 PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64)  # at the 5, 50 and 95 % points
 LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
 MISSING_MASS = 0.02
+ROUNDED = 0.01  # nats that log p may be rounded by; more, and differences between draws are noise that looks like p
 DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
 SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
@@ -50,28 +52,46 @@ def stricter(multiple: float, attempt: int) -> float:
     return -NormalDist().inv_cdf(error / 2 ** (attempt - 1))
 
 
-def of_weights(target: Target, pooled: Weights, own: Weights, attempt: int = 1) -> list[Check]:
-    """All that follows from weighted draws of m (pooled) and of q (own)."""
+def of_weights(
+    target: Target, pooled: Weights, own: Weights, attempt: int = 1, growth: float = 1.0
+) -> tuple[list[Check], bool]:
+    """All that follows from weighted draws of m (pooled) and of q (own), and whether ``growth`` times as many of them
+    might mend what fails. Where they cannot, the tails of single quantities, which cost most, are not looked at."""
     log_w = pooled.log_w - pooled.log_w.logsumexp(0)
     alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
-    names, theta = flatten(target.constrain(pooled.x[alive]))
+    names, theta = flatten(target.constrain(pooled.x[alive] if len(alive) < len(log_w) else pooled.x))
     columns = vary(theta)
     if len(alive) < 5 or not len(columns):
-        return [Check("tails", math.inf, UNSEEN, False, "a few draws carry all the weight: the target may be improper")]
-    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
+        said = "a few draws carry all the weight: the target may be improper"
+        return [Check("tails", math.inf, UNSEEN, False, said)], False
+    if len(columns) < len(names):
+        names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     values = estimate(theta, log_w[alive])
     upper, two = stricter(UPPER, attempt), stricter(TWO, attempt)
-    unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
+    found, unseen = [tails(log_w, upper), precision(names, values)], torch.zeros(2, len(names)).to(theta)
+    mendable = _mendable(log_w, found[1], growth)
+    if mendable or growth <= 1:
+        unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
+        found.insert(1, tails_of_means(names, unseen[0]))
     mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
     return [
-        tails(log_w, upper),
-        tails_of_means(names, unseen[0]),
-        precision(names, values),
+        *found,
         sds(names, values, unseen[1]),
         mass(pooled.log_w, own.log_w, two),
         divergence(pooled.log_w, own.log_w, two),
         own_draws(names, mine, values),
-    ]
+    ], mendable
+
+
+def _mendable(log_w: Tensor, precise: Check, growth: float) -> bool:
+    """Whether ``growth`` times the draws could do, by precision and by the tails of weights log_w that sum to 1.
+
+    Standard errors √Σw²/Σw fall no faster than as 1/draws, and that only if no weight like the heaviest came again.
+    Σ hidden beyond S draws falls as S^(k−1), k the shape of the tail: its lower limit is taken.
+    """
+    shape = khat_upper(khat(log_w), len(log_w), -TWO)
+    share = hidden(log_w, min(shape, HEAVIEST)) * growth ** (min(shape, HEAVIEST) - 1)
+    return precise.statistic < growth and share < UNSEEN
 
 
 def tails(log_w: Tensor, multiple: float = UPPER) -> Check:
@@ -90,13 +110,21 @@ def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, 
     psis.hidden of w|h| and of w h²/2, h = (θ − mean)/sd, with weights log_w (S,) that sum to 1; 0 for all but the
     TAILED quantities in which single draws lead most. draws: of m, those without weight included.
     """
-    log_h = ((theta - values.mean) / values.sd).abs().log()
-    contribution = log_w[:, None] + 2 * log_h
-    lead = (contribution.amax(0) - contribution.logsumexp(0)).argsort(descending=True)[:TAILED].tolist()
+
+    def log_h(columns: slice) -> Tensor:
+        return ((theta[:, columns] - values.mean[columns]) / values.sd[columns]).abs().log()
+
+    def leads(columns: slice) -> Tensor:
+        contribution = log_w[:, None] + 2 * log_h(columns)
+        return contribution.amax(0) - contribution.logsumexp(0)
+
+    parts = [slice(i, i + COLUMNS) for i in range(0, theta.shape[1], COLUMNS)]
+    lead = torch.cat([leads(part) for part in parts]).argsort(descending=True)[:TAILED].tolist()
     unseen = torch.zeros(2, theta.shape[1], dtype=theta.dtype)
     for i in lead:
+        size = log_h(slice(i, i + 1))[:, 0]
         for power in (1, 2):
-            terms = log_w + power * log_h[:, i]
+            terms = log_w + power * size
             unseen[power - 1, i] = hidden(terms, khat_upper(khat(terms), draws, multiple)) / power
     return unseen
 
@@ -133,6 +161,22 @@ def sds(names: list[str], values: Estimates, unseen: Tensor | float = 0.0) -> Ch
     return Check("sds", worst, LOG_SD, False, sentence)
 
 
+def rounding(target: Target, pooled: Weights) -> Check:
+    """To how many nats log p is told at the draws that carry weight: eps · E|log p|, eps of what it is computed in."""
+    alive = carrying(pooled.log_w)
+    if not len(alive):
+        return Check("rounding", math.inf, ROUNDED, False, "no draw has a log p to be told")
+    level = float(pooled.log_w[alive].softmax(0) @ pooled.log_p[alive].abs())
+    dtype = precision_of(target, pooled.x[alive])
+    error, precision = torch.finfo(dtype).eps * level, f"{dtype}".removeprefix("torch.")
+    sentence = f"log p, near {level:.2g} in size, is told to {error:.1g} nats by {precision}"
+    if error < ROUNDED:
+        return Check("rounding", error, ROUNDED, True, sentence)
+    wider = "" if dtype == torch.float64 else ", or compute it in float64 throughout"
+    sentence += f", not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
+    return Check("rounding", error, ROUNDED, False, sentence)
+
+
 def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
     difference = log_mean(log_w) - log_mean(log_w_q)
     statistic = abs(difference) + multiple * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
@@ -160,7 +204,7 @@ def own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:
     """The largest difference between q's unweighted draws and the estimates, as a multiple of what is allowed."""
     theta = theta[theta.isfinite().all(-1)]
     mean = (theta.mean(0) - values.mean).abs() / values.sd / SHIFT
-    below = (theta[:, None] <= values.quantiles).to(theta.dtype).mean(0)
+    below = torch.stack([(theta <= point).to(theta.dtype).mean(0) for point in values.quantiles])
     off = (below - torch.tensor(PROBABILITIES).to(below)[:, None]).abs() / torch.tensor(SHIFTS).to(below)[:, None]
     worst, name = _worst(torch.maximum(mean, off.amax(0)), names)
     sentence = f"draws of q, unweighted, differ most in {name}, by {worst:.2f} times what is allowed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -14,11 +15,15 @@ from ..arguments import whole
 from ..targets.target import Target
 from .annealing import KEPT, MOST_RUNGS, Path, Run, Rung, pilot, run
 from .checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
+from .clock import Clock
 from .fit import threads as torch_threads
-from .judge import CARRIED, CAVEATS, Verdict
+from .initialise import DENSE_DIMS
+from .judge import CARRIED, CAVEATS, CORRECTED, Verdict
+from .necks import NECKS, necks
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
+from .propriety import IMPROPER
 from .psis import khat, khat_upper, resampling_weights
 from .quantities import Estimates, carrying, estimate, flatten, vary
 from .quantities import resample as by_weight
@@ -26,6 +31,7 @@ from .weights import Weights, effective_sample_size, log_mean, log_mean_se
 
 EVIDENCE_SE = 0.05
 AGREEMENT = 3.0  # standard errors
+ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
 UNEVEN = 0.9  # of a step's particles, lost to uneven weights
 
 
@@ -58,11 +64,13 @@ def anneal(
     progress: bool,
     threads: int | None,
     rungs: int = MOST_RUNGS,
+    seconds: float = math.inf,
 ) -> Posterior:
     """Sequential Monte Carlo from the defensive proposal m to p, along m^(1−b) p^b; see :meth:`Posterior.anneal`.
 
     A pilot run chooses temperatures and kernels, which no later run changes: so each run's Ẑ, the product of the mean
     weights of its steps, is unbiased (Del Moral, Doucet & Jasra 2006). Draws of run r weigh Ẑ_r each.
+    seconds: where the pilot tells that all would take longer, or it does, a ValueError says so.
     """
     whole("particles", particles, 100)
     whole("replicates", replicates, 4)
@@ -74,16 +82,60 @@ def anneal(
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
         path = Path(DefensiveProposal(flow, posterior.modes), posterior.target)
         bar.stage("pilot")
-        schedule = pilot(path, particles, rungs)
+        schedule = pilot(path, particles, rungs, replicates, functools.partial(_afford, seconds))
+        _sees_something(posterior, schedule)
         bar.stage("annealing", replicates)
         runs = []
         for _ in range(replicates):
             runs.append(run(path, schedule, particles))
             bar.advance()
+            _afford(seconds, time.monotonic() - began)
         result = _result(posterior, schedule, runs)
     how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(schedule, runs)}
     result.settings["anneal"], result.timing["annealing"] = how, time.monotonic() - began
     return result
+
+
+def _afford(seconds: float, needed: float) -> None:
+    if needed > seconds:
+        raise ValueError(
+            f"annealing would take about {needed:.0f} s or more, and is given {seconds:.0f} s: "
+            "posterior.anneal(progress=True) takes the time that it needs"
+        )
+
+
+def _sees_something(posterior: Posterior, schedule: list[Rung]) -> None:
+    """Raise where weights failed but the pilot went from m to p in one step: it has not drawn what is wrong with m, and
+    runs from there would not either, and agree with each other."""
+    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in (*CORRECTED, *CAVEATS)]
+    if len(schedule) == 1 and posterior.verdict.status == "unreliable":
+        raise ValueError(
+            f"annealing would repeat what is wrong ({', '.join(failed)}): its pilot sees one temperature from the "
+            "proposal to the target; fit another flow=, or in other coordinates"
+        )
+
+
+def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
+    """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
+    claimed, and made in time."""
+    failed = [check.name for check in posterior.verdict.checks if not check.passed]
+    if posterior.verdict.status != "unreliable" or {*CARRIED, IMPROPER, NECKS, "time"} & set(failed):
+        return posterior
+    if posterior.flow.dim > DENSE_DIMS:
+        note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, note))
+    bar.stage("annealing")
+    try:
+        may = {"rungs": RUNGS, "seconds": clock.for_annealing()}
+        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, **may)
+    except ValueError as error:
+        clock.lap("annealing")
+        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}."))
+    if annealed.verdict.status == "unreliable":
+        reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
+    annealed.settings["anneal"] |= {"seed": "the fit's"}
+    return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
 
 
 def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posterior:
@@ -103,6 +155,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
         _agreement(posterior, level, se),
         *_steps(runs),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *necks(posterior.target, weights),
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (

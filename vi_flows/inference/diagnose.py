@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..targets import resolve_target
-from .fit import Candidate, Clock, Options, judged, prepare
+from .clock import Clock
+from .fit import Candidate, Options, judged, prepare
 from .fit import threads as torch_threads
 from .initialise import locate, start_points
 from .posterior import Posterior, is_model, seeded

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..flows.distribution import Flow
-from ..targets import Target, check_target, resolve_target, settle_dtype
-from .initialise import DENSE_DIMS, joined
-from .judge import CONDITION, Judgement, judge
+from ..targets import PyroModel, Target, check_target, resolve_target, settle_dtype
+from ..targets.values import told_of_values
+from .centring import choose_centring
+from .checks import Check
+from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
+from .initialise import joined
+from .judge import CONDITION, FIRST, PROBED, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
-from .propriety import improper
+from .propriety import IMPROPER, improper
 from .start import FlowChoice, Start, Starts, starts
 from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
@@ -29,8 +33,6 @@ from .weights import in_blocks, log_weights, mean_elbo
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKED = 32  # points on which a target is checked first
-ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, to mend unreliable weights with
-TRAINING_SHARE = 0.8  # of max_seconds, by when training ends: judging needs the rest
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Options:
     capture: bool | str = "auto"
     compile: bool = False
     correct: bool = True
+    reparam: bool | Mapping[str, Any] = True
     rehearse: int = 0
 
     def __post_init__(self):
@@ -63,13 +66,15 @@ class Options:
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {self.dtype!r}")
         if not (isinstance(self.capture, bool) or self.capture == "auto"):
             raise ValueError(f'capture: expected "auto", True or False, got {self.capture!r}')
+        if not isinstance(self.reparam, (bool, Mapping)):
+            raise ValueError(f"reparam: expected True, False or degrees of centring by site, got {self.reparam!r}")
         for name in ("compile", "correct"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def recorded(self) -> dict[str, Any]:
-        """The options as JSON can hold them, without ``init``."""
-        options = {name: value for name, value in vars(self).items() if name != "init"}
+        """The options as JSON can hold them, without ``init`` and ``reparam``."""
+        options = {name: value for name, value in vars(self).items() if name not in ("init", "reparam")}
         return options | {name: str(options[name]) for name in ("dtype", "device") if options[name] is not None}
 
 
@@ -93,7 +98,10 @@ def fit(
     seed: the result depends on it alone; torch's global generators are left as found.
     progress: show a progress bar.
     steps: at most so many training steps (1500). particles: draws in each (256). lr: of Adam (0.01).
-    max_seconds: wall time for locating and training together, about; judging comes on top. None: no limit.
+    max_seconds: wall time, about, for all stages: locating ends by two fifths of it, training when judging needs the
+        rest. Where locating or judging is cut short no claim is made. None: no limit, and the result depends on the
+        seed alone, but for annealing, which is left out where it would take longer than locating and training did (or
+        15 s): a note then says how long, and how to ask for it.
     num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
     dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
     device: where flow and target work.
@@ -108,6 +116,9 @@ def fit(
         so (not counted in ``max_seconds``). Where that fails a warning and a note say why, and training goes on.
     correct: where importance weights are unreliable although all modes are seen, anneal (:meth:`Posterior.anneal`), and
         return that if it can be claimed. False leaves the verdict at what the weights say.
+    reparam: True centres, or does not, each site of a model whose location or scale is latent, as the ELBO says (see
+        :func:`vi_flows.inference.centring.choose_centring`): values keep their names and scale, and a note says what
+        was chosen. False leaves the model as written; degrees of centring by site ({"theta": 0.0}) settle them.
     rehearse: so many data sets are drawn from the fit and refitted (:meth:`Posterior.rehearse`), at some seconds each.
 
     Raises
@@ -175,49 +186,58 @@ class Candidate:
 
 
 def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
+    from .correct import mended  # it corrects what this module makes
+
     clock = Clock(options.max_seconds)
     bar.stage("locating")
-    found = starts(target, choice, options.init, options.device)
+    with clock.ending("locating", LOCATING_SHARE):
+        target, near, centring = _centred(target, options)
+        found = starts(target, choice, options.init, options.device, near)
     clock.lap("locating")
-    best = _best(target, found, options, clock, bar)
+    judging = _forecast(found, target, options, bar) if bar.shown or options.max_seconds is not None else 0.0
+    best = _best(target, found, options, clock, clock.training_share(judging), bar)
     clock.lap("training")
     bar.stage("judging")
     settings = settings | {"recipe": best.start.recipe, "model": is_model(target), **options.recorded()}
+    settings["reparam"] = {name: degree.tolist() for name, degree in getattr(target, "degrees", {}).items()}
+    best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
     posterior = judged(best, target, found, options, settings, clock)
-    return _annealed(posterior, bar) if options.correct else posterior
+    return mended(posterior, clock, bar) if options.correct else posterior
 
 
-def _annealed(posterior: Posterior, bar: Progress) -> Posterior:
-    """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
-    claimed."""
-    from .correct import anneal  # it corrects what this module makes
-
-    failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or CONDITION in failed or improper(posterior.target):
-        return posterior
-    if posterior.flow.dim > DENSE_DIMS:
-        note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
-        return dataclasses.replace(posterior, notes=(*posterior.notes, note))
-    bar.stage("annealing")
-    try:
-        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, rungs=RUNGS)
-    except ValueError as error:
-        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}"))
-    if annealed.verdict.status == "unreliable":
-        reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
-        return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
-    annealed.settings["anneal"] |= {"seed": "the fit's"}
-    return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
+def _centred(target: Target, options: Options) -> tuple[Target, Tensor | None, str]:
+    """The target in the coordinates to fit it in, where its mass is there (1, dim), if that is known, and a note."""
+    if isinstance(options.init, Posterior):
+        degrees = getattr(options.init.target, "degrees", {})
+        return (target.recentred(degrees) if degrees else target), None, ""
+    if isinstance(options.reparam, Mapping):
+        if not isinstance(target, PyroModel):
+            raise ValueError("reparam: expected True or False for a density, got degrees by site; pass a Pyro model")
+        return target.recentred(options.reparam), None, ""
+    if not options.reparam or callable(options.init):
+        return target, None, ""
+    return choose_centring(target, options.device)
 
 
-def _best(target: Target, found: Starts, options: Options, clock: Clock, bar: Progress) -> Candidate:
+def _forecast(found: Starts, target: Target, options: Options, bar: Progress) -> float:
+    """Seconds that judging will take, and, shown, those of training at most: by a step and a thousand draws."""
+    with seeded(0):
+        each = draw_seconds(found.flows[0].flow, target)
+        steps = [(s.flow, options.steps if s.steps is None else s.steps) for s in found.flows]
+        training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
+    judging = each * (2 * FIRST + PROBED)
+    bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
+    return judging
+
+
+def _best(target: Target, found: Starts, options: Options, clock: Clock, share: float, bar: Progress) -> Candidate:
     """Of the starts, trained in turn until one's log-weights are nearly constant, the one with the best ELBO."""
     candidates, failed = [], None
     for k, start in enumerate(found.flows):
         bar.stage("training", options.steps)
         try:
             asked = options if start.steps is None else dataclasses.replace(options, steps=start.steps)
-            trained = _train(start.flow, target, asked, clock.left(TRAINING_SHARE, len(found.flows) - k), bar)
+            trained = _train(start.flow, target, asked, clock.left(share, len(found.flows) - k), bar)
         except DivergedError as error:
             failed = error
             continue
@@ -236,12 +256,20 @@ def judged(
 ) -> Posterior:
     """The flow with its judgement, and how it was made."""
     flow, modes = best.flow.requires_grad_(False), found.modes
-    judgement = judge(flow, target, modes, options.num_draws, probes=found.probes)
-    if any(check.name == CONDITION and not check.passed for check in judgement.verdict.checks):
+    began = time.monotonic()
+    judgement = judge(flow, target, modes, options.num_draws, probes=found.probes, clock=clock)
+    took, left = time.monotonic() - began, clock.left()
+    missed = any(check.name == CONDITION and not check.passed for check in judgement.verdict.checks)
+    if missed and (left is None or took < left):
         modes = joined(modes, found.probes)
-        judgement = judge(flow, target, modes, options.num_draws, probes=found.probes, attempt=2)
+        judgement = judge(flow, target, modes, options.num_draws, attempt=2, probes=found.probes, clock=clock)
+    if clock.cut:
+        said = f"{clock.cut[0]} was cut short by max_seconds: modes may have been missed; give it more time"
+        judgement.verdict = judgement.verdict.refused(Check("time", 1.0, 1.0, False, said))
     if judgement.verdict.status == "unreliable":
-        judgement.verdict = judgement.verdict.because(improper(target))
+        said = improper(target, judgement.proposal, modes)
+        if said:
+            judgement.verdict = judgement.verdict.refused(Check(IMPROPER, 1.0, 1.0, False, said))
     clock.lap("judging")
     return Posterior(
         **vars(judgement),
@@ -313,20 +341,5 @@ def _notes(target: Target, judgement: Judgement) -> tuple[str, ...]:
         )
     if judgement.skipped:
         notes.append(f"{judgement.skipped} draws had log p NaN or +inf: skipped, weight 0.")
-    return tuple(notes)
-
-
-class Clock:
-    """Wall time of the stages, and what is left of a limit."""
-
-    def __init__(self, limit: float | None):
-        self.limit, self.began = limit, time.monotonic()
-        self.last, self.laps = self.began, {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self.last = now - self.last, now
-
-    def left(self, share: float, parts: int = 1) -> float | None:
-        """Of that share of the limit, what is left for the next of so many parts; None without a limit."""
-        return None if self.limit is None else max(share * self.limit - (time.monotonic() - self.began), 0.0) / parts
+    notes += target.account() if hasattr(target, "account") else []
+    return (*notes, *told_of_values(target, judgement.proposal.x, judgement.proposal.log_p))

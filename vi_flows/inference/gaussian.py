@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from .clock import late
 from .optimise import value_and_grad
 from .weights import log_density, mean_elbo
 
@@ -130,6 +131,8 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
     dim = loc.shape[-1]
     draws = max(draws, 2 * dim)
     for k in range(iterations):
+        if late():
+            break
         rate = 1 / (2 + max(k - iterations // 4, 0) / 4)
         epsilon = torch.randn(draws // 2, dim, dtype=loc.dtype, device=loc.device)
         epsilon = torch.cat([epsilon, -epsilon])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flows.bases import Mixture
 from ..targets.target import Target
+from .clock import late
 from .gaussian import (
     SAME_MODE,
     Gaussians,
@@ -141,7 +142,7 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
         kept = distinct(every, mass, limit=modes_kept(dim))
         matters = any(i >= len(optima) and mass[i] > mass.max() - NEGLIGIBLE for i in kept)
         empty = 0 if matters else empty + 1
-        if k == waves - 1 or empty == (ENOUGH if len(optima) > 1 else 1):
+        if late() or k == waves - 1 or empty == (ENOUGH if len(optima) > 1 else 1):
             break
         if matters:
             optima, masses = every.pick(kept), mass[kept]

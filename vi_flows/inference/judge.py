@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets.target import Target, check_finite
-from .checks import Check, of_weights
+from .checks import Check, of_weights, rounding
+from .clock import Clock, draw_seconds
 from .gaussian import Gaussians
+from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 from .psis import khat
@@ -20,11 +22,15 @@ from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_me
 
 REPEATS = 5
 FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
-MOST_NUMBERS = 100_000_000  # that these draws, beyond the first, may take: 0.8 GB
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 100_000_000  # that these may take, from LEAST draws on: 0.4 and 0.8 GB
+LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
+QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
+PROBED = 200_000  # evaluations that local moves and lines far out cost, gradients counted three times
 CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
-CARRIED = (CONDITION, "proper")  # checks of a fit that hold for what is made of its draws, too
+CARRIED = (CONDITION, "proper", "rounding")  # checks of a fit that hold for what is made of its draws, too
+UNRELIABLE = "do not rely on these draws"
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
 
@@ -35,6 +41,10 @@ class Verdict:
     status: str
     reasons: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+
+    def refused(self, check: Check) -> Verdict:
+        """No claim, because of one more check, whose sentence comes first."""
+        return Verdict("unreliable", (UNRELIABLE, check.sentence, *self.reasons[1:]), (*self.checks, check))
 
     def because(self, reason: str) -> Verdict:
         """The same verdict with one more reason, before those of the checks; itself if that is empty."""
@@ -69,6 +79,7 @@ def judge(
     num_draws: int = 10_000,
     attempt: int = 1,
     probes: Gaussians | None = None,
+    clock: Clock | None = None,
 ) -> Judgement:
     """Freeze q and judge it by fresh draws of q and of the defensive proposal m, in the flow's precision.
 
@@ -82,34 +93,42 @@ def judge(
     - sds: log sds are certain to 0.1, else a claim says of which it is not made;
     - mass outside q: |log Ẑ_m − log Ẑ_q| + 2 se < 0.02; divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05; own draws:
       means of unweighted draws of q within 0.1 sd, and those probabilities within .015/.03/.015, of the weighted ones;
+    - rounding: log p is told to .01 nats in the precision it is computed in;
     - unseen basins: none of ``probes``, ends of paths from starts that m was not built from, holds mass unseen;
-    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out.
+    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out;
+      necks: moves of scales together with what they spread leave them as they are.
 
     All: reliable. All but the fourth: corrected, by resampling from m. Else: unreliable. ``attempt`` i, the i-th fit of
-    one target to be judged, spends 2^(1−i) of the first one's error rate.
+    one target to be judged, spends 2^(1−i) of the first one's error rate. Draws are doubled as long as that might mend
+    what fails, and ``clock``, where it has a limit, leaves the time; no claim is made where it left too little.
     k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
     """
-    proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt)
-    verdict = _decide(checks + _probed(proposal, target, pooled, checks, probes))
+    clock = clock or Clock(None)
+    each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
+    proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
+    verdict = _decide(checks + _probed(proposal, target, pooled, checks, probes, clock, each))
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
-    if len(own.x) < REPEATS * num_draws:
-        more, n = _draw_flow(flow, target, REPEATS * num_draws - len(own.x))
-        own, skipped = _concatenate(own, more), skipped + n
-    khats = [khat(log_w) for log_w in own.log_w[: REPEATS * num_draws].split(num_draws)]
+    log_weights, draws = own.log_w, own.x[:num_draws]
+    lacking = REPEATS * num_draws - len(log_weights)
+    if lacking > 0 and not _too_long(clock, each * lacking):
+        more, n = _draw_flow(flow, target, lacking)
+        log_weights, skipped = torch.cat([log_weights, more.log_w]), skipped + n
+        draws = torch.cat([draws, more.x])[:num_draws] if len(draws) < num_draws else draws
+    size = min(num_draws, len(log_weights) // REPEATS)
+    khats = [khat(log_w) for log_w in log_weights[: REPEATS * size].split(size)]
     centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
     half = T_90 * spread / math.sqrt(REPEATS)
-    log_weights = own.log_w[:num_draws]
     return Judgement(
         verdict=verdict,
-        draws=own.x[:num_draws],
-        log_weights=log_weights,
+        draws=draws,
+        log_weights=log_weights[: len(draws)],
         proposal=pooled,
         khat=centre,
         khat_interval=(centre - half, centre + half),
         khat_spread=spread,
-        ess=effective_sample_size(log_weights),
-        elbo=mean_elbo(own.log_w),
+        ess=effective_sample_size(log_weights[: len(draws)]),
+        elbo=mean_elbo(log_weights),
         log_evidence=log_mean(pooled.log_w),
         log_evidence_se=_evidence_se(pooled, checks),
         skipped=skipped,
@@ -117,29 +136,54 @@ def judge(
 
 
 def _weighed(
-    proposal: DefensiveProposal, target: Target, attempt: int
+    proposal: DefensiveProposal, target: Target, attempt: int, clock: Clock, each: float
 ) -> tuple[DefensiveProposal, Weights, Weights, int, list[Check]]:
-    """m, adapted where need be; draws of m and of q, doubled until they pass; how many were skipped; the checks."""
-    pooled, own, skipped = _draw(proposal, target, FIRST)
+    """m, adapted where need be; draws of m and of q, doubled until they pass, cannot, or take too long (``each``
+    seconds); how many were skipped; the checks."""
+    most = min(LAST, MOST_NUMBERS // target.dim)
+    first = count = max(min(FIRST, FIRST_NUMBERS // target.dim), LEAST)
+    if clock.limit is not None:
+        count = min(first, max(int(QUARTER * clock.left() / each), HURRIED))
+    pooled, own, skipped = _draw(proposal, target, count)
     better = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
     if better is not None:
         proposal = better
-        pooled, own, skipped = _draw(proposal, target, FIRST)
+        pooled, own, skipped = _draw(proposal, target, count)
     while True:
-        checks = of_weights(target, pooled, own, attempt)
-        if 2 * len(pooled.x) > min(LAST, MOST_NUMBERS // target.dim) or _claimed(checks):
+        growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
+        checks, mendable = of_weights(target, pooled, own, attempt, growth)
+        if _claimed(checks) or not mendable or growth == 1:
             return proposal, pooled, own, skipped, checks
+        if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all
+            return proposal, pooled, own, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
         more, more_own, n = _draw(proposal, target, len(pooled.x))
         pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
 
 
+def _too_long(clock: Clock, seconds: float) -> bool:
+    return clock.limit is not None and seconds > clock.left()
+
+
+def _cut(what: str) -> Check:
+    return Check("time", 1.0, 1.0, False, f"judging was cut short by max_seconds: {what}; give it more time")
+
+
 def _probed(
-    proposal: DefensiveProposal, target: Target, pooled: Weights, checks: list[Check], probes: Gaussians | None
+    proposal: DefensiveProposal,
+    target: Target,
+    pooled: Weights,
+    checks: list[Check],
+    probes: Gaussians | None,
+    clock: Clock,
+    each: float,
 ) -> list[Check]:
     """The checks that ask the target anew; those that cost something only where all else passes."""
-    found = [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
+    found = [rounding(target, pooled)]
+    found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
     if _claimed(checks + found):
-        found += [local_moves(proposal, target, pooled), proper(target, pooled)]
+        if _too_long(clock, PROBED * each):
+            return [*found, _cut("local moves, lines far out and necks were not looked at")]
+        found += [local_moves(proposal, target, pooled), proper(target, pooled), *necks(target, pooled)]
     return found
 
 
@@ -182,7 +226,7 @@ def _evidence_se(pooled: Weights, checks: list[Check]) -> float:
 def _decide(checks: list[Check]) -> Verdict:
     failed = [c for c in checks if not c.passed]
     if not _claimed(checks):
-        status, lead = "unreliable", "do not rely on these draws"
+        status, lead = "unreliable", UNRELIABLE
     elif any(c.name in CORRECTED for c in failed):
         status, lead = "corrected", "use weighted draws (the default of sample): they are resampled from the proposal"
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from .clock import late
 from .gaussian import Gaussians, distinct, from_covariance, join, usable
 from .optimise import CURVATURE, line_search, value_and_grad
 from .weights import log_density, mean_elbo
@@ -162,7 +163,7 @@ def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tupl
             _keep_best(target, every, index, epsilon, best)
         done.append(every.pick(~going))
         every, index = every.pick(going), index[going.cpu()]
-        if not len(index):
+        if not len(index) or late():
             break
         if k % PRUNE_EVERY == 0 and len(index) > PATHS:
             top = every.value.argsort(descending=True)[: max(len(index) // 2, PATHS)]
@@ -267,6 +268,8 @@ def curvature_vi(target: Target, start: Gaussians) -> Gaussians:
     loc, tril = start.loc[0], start.scale_tril[0]
     pairs = max(ROWS // (ROUNDS * 4 * len(loc)), 1)
     for k in range(ROUNDS):
+        if late():
+            break
         loc, tril, _ = _round(target, loc, tril, 1 / (1 + k / 2), pairs)
     good = bool(usable(loc[None], tril[None])[0])
     return Gaussians(loc[None], tril[None], start.origin).named("Gaussian VI from {}") if good else start
@@ -286,7 +289,7 @@ def travel(target: Target, start: Gaussians) -> tuple[Gaussians, float]:
         if not reached > elbo - 1.0:
             break
         at, elbo = trial, reached
-        if moved < ARRIVED:
+        if moved < ARRIVED or late():
             break
     return at, elbo
 

@@ -29,6 +29,7 @@ from .checks import (
 )
 from .fit import threads as torch_threads
 from .judge import CARRIED, CAVEATS, CONDITION, Verdict
+from .necks import necks
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -173,6 +174,7 @@ def _result(posterior: Posterior, made: Chains) -> Posterior:
         sds(names, values, unseen[1]),
         _agreement(names, theta, values, estimate(given, before.log_w[alive].double()), before.log_w),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *necks(posterior.target, Weights(x, even, torch.zeros_like(even))),
     ]
     more = float((values.mean_se / independent.mean_se).nanmedian())
     note = (

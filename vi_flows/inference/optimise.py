@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..targets.target import Target
+from ..targets.values import BELIEVED
+from .clock import late
 from .weights import BLOCK
 
 ARMIJO, WOLFE = 1e-4, 0.9
@@ -17,7 +19,7 @@ PATHS = 8  # never fewer than so many by pruning
 
 
 def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log p (N,) and its gradient (N, dim), in blocks; rows that are not finite give −inf and 0."""
+    """log p (N,) and its gradient (N, dim), in blocks; rows without values to believe give −inf and 0."""
     values, grads = [], []
     for rows in x.detach().split(BLOCK):
         rows = rows.clone().requires_grad_()
@@ -27,7 +29,7 @@ def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
         values.append(value.detach())
         grads.append(grad)
     value, grad = torch.cat(values), torch.cat(grads)
-    good = value.isfinite() & grad.isfinite().all(-1)
+    good = value.isfinite() & (value <= BELIEVED) & grad.isfinite().all(-1)
     return torch.where(good, value, -torch.inf), torch.where(good[:, None], grad, 0.0)
 
 
@@ -36,16 +38,24 @@ def hessians(target: Target, x: Tensor, scale: Tensor) -> Tensor:
 
     Rows where that is not finite (``logaddexp`` of far apart terms has no second derivative in torch) are differenced:
     central differences of the gradient, over steps of 1e-3 times ``scale`` (N, dim), about the sd of each coordinate.
+    So are all rows of a target that torch can differentiate only once (``torch.cdist``, say).
     """
-    leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(target.log_prob(leaf).sum(), leaf, create_graph=True)
-        rows = [_gradient(grad[:, i].sum(), leaf) for i in range(x.shape[1])]
-    hessian = torch.stack(rows, -2).detach()
+    try:
+        hessian = _differentiated_twice(target, x)
+    except RuntimeError:  # an operation without a second derivative: NotImplementedError, or once_differentiable
+        hessian = x.new_full((*x.shape, x.shape[1]), torch.nan)
     bad = (~hessian.isfinite().all(-1).all(-1)).nonzero()[:, 0]
     if len(bad):
         hessian[bad] = _differenced(target, x[bad], 1e-3 * scale[bad])
     return (hessian + hessian.mT) / 2
+
+
+def _differentiated_twice(target: Target, x: Tensor) -> Tensor:
+    """d²log p/dx² by autograd (N, dim, dim); raises RuntimeError where torch has no second derivative."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(target.log_prob(leaf).sum(), leaf, create_graph=True)
+        return torch.stack([_gradient(grad[:, i].sum(), leaf) for i in range(x.shape[1])], -2).detach()
 
 
 def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ def bfgs_paths(
             record.append(at[active].copy())
             due = max(k + 1, 1.3 * due)
         active = active[going]
-        if not len(active):
+        if not len(active) or late():
             break
         if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
             active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
@@ -192,7 +202,7 @@ def newton(
             moved[left[better]] = True
             left = left[~better]
         going = going[moved]
-        if not len(going):
+        if not len(going) or late():
             break
         hessian[going] = hessians(target, x[going], scale[going])
     return x, value, hessian

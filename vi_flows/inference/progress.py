@@ -23,7 +23,7 @@ class Progress:
             console=Console(stderr=True),
             disable=not show,
         )
-        self.task = None
+        self.shown, self.task = show, None
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -43,6 +43,10 @@ class Progress:
     def note(self, done: float, total: float, text: str, stage: str | None = None) -> None:
         """Show text, and where ``stage`` is given that name for the stage."""
         self.bar.update(self.task, completed=done, total=total, note=text, description=stage)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.print(text)
 
     def advance(self, count: int = 1) -> None:
         """So many more of the stage's total are done."""

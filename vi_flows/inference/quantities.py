@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PROBABILITIES = (0.05, 0.5, 0.95)
-COLUMNS = 100  # whose orders are held in memory at once
+COLUMNS = 25  # whose orders are held in memory at once
 
 
 def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
@@ -22,7 +22,7 @@ def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
         else:
             index = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist()
             names += [f"{name}[{','.join(map(str, i))}]" for i in index]
-    return names, torch.cat(columns, -1)
+    return names, torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ def _estimate(theta: Tensor, log_w: Tensor) -> Estimates:
     variance = w @ offset.square()
     mean_se = (w.square() @ offset.square()).sqrt()
     log_sd_se = (w.square() @ (offset.square() - variance).square()).sqrt() / (2 * variance)
-    order = theta.argsort(0)
-    cumulative = w[order].cumsum(0)
+    ordered, order = theta.mT.contiguous().sort(-1)
+    below, square = w[order].cumsum(-1), w.square()[order].cumsum(-1)
     quantiles, errors = [], []
     for p in PROBABILITIES:
-        index = (cumulative < p).sum(0).clamp_max(len(theta) - 1)
-        point = theta.gather(0, order.gather(0, index[None]))[0]
-        below = (theta <= point).to(w.dtype)
-        quantiles.append(point)
-        errors.append((w.square() @ (below - w @ below).square()).sqrt())
+        index = (below < p).sum(-1, keepdim=True).clamp_max(len(theta) - 1)
+        point = ordered.gather(-1, index)
+        last = torch.searchsorted(ordered, point, right=True) - 1  # of the draws that are equal to it
+        share, squares = below.gather(-1, last), square.gather(-1, last)  # Σ w² (1 − P)² below, Σ w² P² above
+        quantiles.append(point[:, 0])
+        errors.append(((1 - 2 * share) * squares + share.square() * square[:, -1:]).clamp_min(0.0).sqrt()[:, 0])
     return Estimates(mean, variance.sqrt(), torch.stack(quantiles), mean_se, log_sd_se, torch.stack(errors))
 
 

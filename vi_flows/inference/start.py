@@ -48,8 +48,10 @@ class Starts:
     probes: Gaussians | None = None
 
 
-def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts:
-    """The chosen flow over what locating finds, or a copy of a warm start's."""
+def starts(
+    target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None, near: Tensor | None = None
+) -> Starts:
+    """The chosen flow over what locating finds, also from points ``near`` (n, dim), or a copy of a warm start's."""
     place = {"device": device, "dtype": torch.float64}
     if isinstance(init, Posterior) or callable(init):
         if choice != "auto":
@@ -57,30 +59,31 @@ def starts(target: Target, choice: FlowChoice, init: Any, device: torch.device |
         return _warm_start(init, target, place)
     if choice not in ("auto", "structured"):
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    inside = _inside(target, choice, init, device)
+    given = [points for points in (_init_points(target, init), near) if points is not None]
+    points = torch.cat(given) if given else None
+    inside = _inside(target, choice, points, device)
     if inside is not None and (choice == "structured" or target.dim > MANY_DIMS):
         return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
-    located = locate(target, start_points(target, _init_points(target, init), device=device))
+    located = locate(target, start_points(target, points, device=device))
+    if inside is not None and inside.variance < located.variance:
+        return Starts((_on_structure(choice, inside, place),), located.modes, located.probes)
     flows = [_on_gaussian(choice, located, place)]
-    if inside is not None and not located.variance < EVEN:
-        flows.insert(0, _on_structure(choice, inside, place))
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
         flows.insert(0, _on_mixture(choice, located, place))
     return Starts(tuple(flows), located.modes, located.probes)
 
 
-def _inside(target: Target, choice: FlowChoice, init: Any, device: Any) -> Inside | None:
+def _inside(target: Target, choice: FlowChoice, points: Tensor | None, device: Any) -> Inside | None:
     """A structured start, if it is asked for, or if the flow is ours to choose and its log-weights say that it pays."""
     if choice == "structured":
-        found = locate_structured(target)
+        found = locate_structured(target, points)
         if found is None:
-            raise ValueError(
-                'flow: no few coordinates make the others sparse and Gaussian here; take another flow than "structured"'
-            )
+            expected = 'flow: "structured" needs few coordinates on which the curvature of many others hangs'
+            raise ValueError(f"{expected}, found none among {target.dim}; take another flow")
         return found
-    if choice != "auto" or init is not None or device not in (None, "cpu") or target.dim < LEAST_DIM:
+    if choice != "auto" or device not in (None, "cpu") or target.dim < LEAST_DIM:
         return None
-    found = locate_structured(target)
+    found = locate_structured(target, points)
     return found if found is not None and found.variance < PAYS else None
 
 

@@ -48,14 +48,14 @@ class Split:
     starts: Tensor
 
 
-def split(target: Target) -> Split | None:
+def split(target: Target, points: Tensor) -> Split | None:
     """Which coordinates move the curvature of many, and how the others hang together; None where none do, or where the
     others' precision does not factor sparsely.
 
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
     coordinate may matter only where no mass is.
     """
-    found, seen = _curved(target, start_points(target))
+    found, seen = _curved(target, points)
     if not found:
         return None
     of = pattern(found)
@@ -264,12 +264,15 @@ class Inside:
     probes: Gaussians
 
 
-def locate_structured(target: Target) -> Inside | None:
-    """Split, locate the few, lay the many; None where there is no split, or no finite value near any start."""
+def locate_structured(target: Target, points: Tensor | None = None) -> Inside | None:
+    """Split, locate the few, lay the many; None where there is no split, or no finite value near any start.
+
+    points: (n, dim), to start from as well.
+    """
     if target.dim < LEAST_DIM:
         return None
     with torch.no_grad():
-        found = split(target)
+        found = split(target, start_points(target, points))
         if found is None:
             return None
         marginal = Marginal(found.inside)

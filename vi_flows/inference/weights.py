@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flows.distribution import Flow
 from ..targets.target import Target
+from ..targets.values import BELIEVED
 
 BLOCK = 1000  # rows in one evaluation of a target: larger ones fall out of the processor's caches
 
@@ -41,8 +42,12 @@ def log_weights(q: Flow, target: Target, draws: int | Tensor, path: bool = False
     """
     noise = q.base.noise((draws,)) if isinstance(draws, int) else draws
     x, log_q = q().from_noise(noise, path)
-    log_p = target.log_prob(x.reshape(-1, x.shape[-1])).reshape(log_q.shape)
-    return Weights(x, log_q, log_p)
+    rows = x.reshape(-1, x.shape[-1])
+    log_p = target.log_prob(rows)
+    if rows.requires_grad:  # where log p is −inf or NaN its gradient, 0 · inf, may be NaN: such a draw has no say
+        finite = log_p.detach().isfinite().unsqueeze(-1)
+        rows.register_hook(lambda gradient: torch.where(finite, gradient, 0.0))
+    return Weights(x, log_q, log_p.reshape(log_q.shape))
 
 
 def in_blocks(fn, x: Tensor, block: int = BLOCK) -> Tensor:
@@ -52,9 +57,9 @@ def in_blocks(fn, x: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def log_density(target: Target, x: Tensor) -> Tensor:
-    """log p at x (N, dim) in blocks, as (N,): −inf where it is not a number, or +inf."""
+    """log p at x (N, dim) in blocks, as (N,): −inf where it is not a number, or not believed."""
     log_p = in_blocks(target.log_prob, x)
-    return torch.where(log_p < math.inf, log_p, -math.inf)
+    return torch.where(log_p <= BELIEVED, log_p, -math.inf)
 
 
 def log_mean(log_w: Tensor) -> float:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .target import SKIPPED_RAISE, LogDensity, Target, check_finite, check_form, show
+from .target import LogDensity, Target, check_form
+from .values import BELIEVED, SUNK, as_computed, beside_mass, precision_of, show
 
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}  # of two calls at the same x
 ROW_RTOL = 1e-4
 MAX_SINGLES = 6  # rows evaluated alone
 MAX_DIFFERENCES = 8  # points at which the gradient is compared with finite differences
+WITHOUT_GRADIENT = 0.2  # of the points, that may have a log p but no gradient, where NaN is skipped
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,16 @@ class CheckReport:
 def check_target(target: Target, x: Tensor) -> CheckReport:
     """Verify target at x (N, dim), N >= 2 (32 to 64 points where the fit starts), before anything is fitted.
 
-    In this order: form of the result (tensor, dtype, shape, device), the same value twice, finite values, rows
-    independent of one another, named values, a finite gradient that agrees with finite differences, every coordinate of
-    influence. Raises ValueError, in one line that names the argument, what was expected, what came and the remedy.
+    In this order: form of the result (tensor, dtype, shape, device), the same value twice, a finite value somewhere,
+    rows independent of one another, named values, a finite gradient that agrees with finite differences, every
+    coordinate of influence. Raises ValueError, in one line that names the argument, what was expected, what came and
+    the remedy. Points without a value count as −inf; where they lie beside high values a warning says so.
     """
     name = getattr(target, "argument", "log_prob")
     _check_points(x, target.dim)
     x = x.detach()
     log_p = _evaluate(target, x, name)
-    double = x.dtype == torch.float64 and _result_dtype(target, x) == torch.float64
-    precision = torch.float64 if double else torch.float32
+    precision = torch.float64 if precision_of(target, x) == torch.float64 else torch.float32
     _check_repeatable(target, x, log_p, precision, name)
     _check_values(target, x, log_p, name)
     _check_rows(target, x, log_p, name)
@@ -130,24 +133,30 @@ def _check_repeatable(target: Target, x: Tensor, log_p: Tensor, precision: torch
 
 
 def _check_values(target: Target, x: Tensor, log_p: Tensor, name: str) -> None:
-    if bool(log_p.isnan().all()):
-        raise ValueError(
-            f"{name}: expected finite values, got NaN at all {len(x)} points, first x = {show(x[0])}; "
-            "check data and formula"
-        )
-    check_finite(log_p, x, target)
-    outside = log_p == -torch.inf
-    constraint = "+inf" if name == "energy" else "-inf"
-    if bool(outside.all()):
-        raise ValueError(
-            f"{name}: expected finite values, got {constraint} at all {len(x)} points, first x = {show(x[0])}; "
+    """Raise where no point has a finite value; warn where a point without one lies beside values that matter."""
+    bad, sign = ~(log_p.isfinite() & (log_p <= BELIEVED)), -1 if name == "energy" else 1
+    if not bool(bad.any()):
+        return
+    value = sign * as_computed(target, x)
+    if bool(bad.all()):
+        empty = bool((value == -sign * torch.inf).all())
+        got = "NaN" if bool(value.isnan().all()) else f"{float(value[0]):.4g}"
+        remedy = (
             "start inside the support, or map R^D onto it (torch.distributions.biject_to)"
+            if empty
+            else f"check data and formula, and subtract a constant from log p above {BELIEVED:.2g}"
         )
-    if int(outside.sum()) > (SKIPPED_RAISE * len(x) if _skips(target) else 0):
         raise ValueError(
-            f"{name}: expected finite values on all of R^{x.shape[1]}, got {constraint} at x = {show(x[outside][0])} "
-            f"({int(outside.sum())} of {len(x)} points); put the constraint in: write it in T(x), "
-            "T = torch.distributions.biject_to(support), with log|det dT/dx| added, or as a Pyro model"
+            f"{name}: expected finite values, got {got} at all {len(x)} points, first x = {show(x[0])}; {remedy}"
+        )
+    # a model may well say −inf, where its data lie outside a support
+    i = beside_mass(target, x, log_p, bad if isinstance(target, LogDensity) else bad & (log_p != -torch.inf))
+    if i is not None:
+        warnings.warn(
+            f"{name}: expected finite values on all of R^{x.shape[1]}, got {float(value[i]):.4g} at x = {show(x[i])} "
+            f"({int(bad.sum())} of {len(x)} points), beside values that matter; it counts as no density: repair it "
+            "there, or put the constraint in (torch.distributions.biject_to, with its log|det|, or as a Pyro model)",
+            stacklevel=4,
         )
 
 
@@ -185,38 +194,40 @@ def _check_names(target: Target, x: Tensor) -> None:
 def _gradient(target: Target, x: Tensor, log_p: Tensor, name: str) -> Tensor:
     """d log p/dx (N, dim); raises where there is none, where it is not finite, and where it is 0 everywhere."""
     z = x.clone().requires_grad_()
+    finite = log_p.isfinite()
     without = "a result differentiable in x, got one without a graph; remove .detach(), .item(), no_grad, numpy"
     zero = f"a gradient, got 0 at all {len(x)} points; use differentiable operations"
-    if bool((log_p == log_p[0]).all()):
-        without = zero = f"a density that varies, got {float(log_p[0]):.6g} at all {len(x)} points; make it depend on x"
+    if bool((log_p[finite] == log_p[finite][0]).all()):
+        without = zero = (
+            f"a density that varies, got {float(log_p[finite][0]):.6g} at all {len(x)} points; make it depend on x"
+        )
     try:
         value = target.log_prob(z)
         if not value.requires_grad:
             raise ValueError(f"{name}: expected {without}")
-        total = value[log_p.isfinite()].sum()
+        total = value[finite].sum()
         (gradient,) = torch.autograd.grad(total, z, allow_unused=True, materialize_grads=True)
     except Exception as error:
         raise _one_line(error, x, name) from error
     _check_gradient_finite(target, x, log_p, gradient, name)
-    if bool((gradient == 0).all()):
+    if bool((gradient[finite] == 0).all()):
         raise ValueError(f"{name}: expected {zero}")
     return gradient
 
 
 def _check_gradient_finite(target: Target, x: Tensor, log_p: Tensor, gradient: Tensor, name: str) -> None:
-    bad = ~gradient.isfinite().all(-1) & log_p.isfinite()
+    finite = log_p.isfinite()
+    bad = ~gradient.isfinite().all(-1) & finite
+    matters = bad & (log_p > log_p[finite].max() - SUNK)  # below, arithmetic may be about to overflow
     count = int(bad.sum())
-    if count > (SKIPPED_RAISE * len(x) if _skips(target) else 0):
-        i = int(bad.nonzero()[0, 0])
+    few = WITHOUT_GRADIENT * len(x) if getattr(target, "nonfinite", "raise") == "skip" else 0
+    if int(matters.sum()) > few or count > int(finite.sum()) / 2:
+        i = int((matters if bool(matters.any()) else bad).nonzero()[0, 0])
         raise ValueError(
             f"{name}: expected a finite gradient, got {show(gradient[i])} at x = {show(x[i])} "
             f"({count} of {len(x)} points); avoid 0 * inf in the backward pass (torch.where with a safe argument in "
             "both branches, clamp before log or sqrt)"
         )
-
-
-def _skips(target: Target) -> bool:
-    return getattr(target, "nonfinite", "raise") == "skip"
 
 
 def _check_coordinates(target: Target, x: Tensor, log_p: Tensor, gradient: Tensor, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 from .capture import WAIT, Captured
+from .pyro_centring import Centring, Frame
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
-from .pyro_sites import Layout, Site, inspect_model
+from .pyro_sites import Layout, Site, account, inspect_model
+from .values import believed
 
 TRIAL_SCALE = 0.5
 NEAR_TRIALS, PRIOR_TRIALS = 5, 2
 BLOCK = 4096
+AGREES = "agrees with single evaluations"
+ROWS_OF_A_FIT = 600_000  # gradients, about, by which a loop's time is foretold: 1,500 steps of 256, and what is around
 # vmap against single evaluations, relative: above the rounding of an ill-conditioned Cholesky, below a wrong shape
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 
@@ -29,13 +34,16 @@ class PyroModel:
     are cast to float64, and the model runs under default dtype float64 with validation off; both are restored. A model
     that fails in float64 because of float32 tensors of its own runs in float32. pyro.param sites are constants.
 
-    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; deterministic,
-    those sites' names; mode and mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against
-    single evaluations here); failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say):
-    they have log p = -inf; nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's
-    arithmetic overflows far out; capture, whether batches of a size that comes up often are evaluated by the recorded
-    tensor operations of one such batch (see ``capture.py``): "auto", False, or True for every batch from the first on;
-    capture_refused, why they cannot be. What else the model reads counts as constant until :meth:`forget`.
+    Attributes: dim; names and sites, the latent sites in the order of x; observed, the data by name; factors and
+    deterministic, those sites' names; fixed, pyro.param sites and a module's parameters with their values; mode and
+    mode_reason, how a batch is evaluated ("vmap", "plate" or "loop", checked against single evaluations here);
+    failed_rows and last_failure, how many rows the model has raised at (a Cholesky, say): they have log p = -inf;
+    nonfinite, what :func:`check_finite` does with NaN and +inf: "skip", since a model's arithmetic overflows far out;
+    capture, whether batches of a size that comes up often are evaluated by the recorded tensor operations of one such
+    batch (see ``capture.py``): "auto", False, or True for every batch from the first on; capture_refused, why they
+    cannot be. What else the model reads counts as constant until :meth:`forget`.
+    centrable, the names of latent sites whose location or scale depends on other latent sites; degrees, by name, the
+    degrees of centring of those that :meth:`recentred` gave coordinates of their own.
 
     Raises ValueError (TypeError for missing arguments), in one line, for what cannot be a target: no latent sites,
     discrete ones, supports that depend on latent values or have no bijection, subsampling, random structure or un-named
@@ -66,7 +74,11 @@ class PyroModel:
             self.dim = layout.dim
             self.sites: tuple[Site, ...] = layout.sites
             self.names = [site.name for site in layout.sites]
+            self.centrable = list(layout.centrable)
+            self.degrees: Values = {}
             self.observed: Values = layout.observed
+            self.factors = list(layout.factors)
+            self.fixed: Values = self._run.fixed()
             self.deterministic = list(layout.deterministic)
             self._captured = Captured(self._evaluate)
             self.mode, self.mode_reason = "loop", ""
@@ -78,7 +90,72 @@ class PyroModel:
         other._call = self._call
         other._prepare(dtype or self.dtype, device or self.device)
         other.nonfinite, other.capture = self.nonfinite, self.capture
+        return other.recentred(self.degrees) if self.degrees else other
+
+    def recentred(self, degrees: Mapping[str, Tensor | float]) -> PyroModel:
+        r"""The same density over other coordinates x of sites whose location m and scale s depend on latent values:
+
+        .. math:: u = m + s^{1-c} (x - c\,m), \quad \text{value} = T(u)
+
+        with degrees c by site, numbers or tensors of the shape of the site's unconstrained value: 1 is the model as it
+        is written (centred), 0 gives x the law of a standard value (non-centred; Papaspiliopoulos, Roberts & Sköld
+        2007), and between them an entry follows its location and scale in part (Gorinova, Moore & Hoffman 2020). On
+        (0, ∞) m is the logarithm of the scale, and s is 1; with a matrix for a scale c is 0 or 1. Sites that are not
+        named stay centred. Named values, the evidence and the order of coordinates stay what they are.
+
+        Raises ValueError for a site that is not in ``centrable`` and for degrees outside [0, 1] or of another shape.
+        """
+        other = copy.copy(self)
+        other._run = copy.copy(self._run)
+        sites = {site.name: site for site in self.sites if site.name in self._layout.centrable}
+        other.degrees = {}
+        for name, degree in degrees.items():
+            if name not in sites:
+                raise ValueError(
+                    f"reparam['{name}']: expected a site whose location or scale is latent "
+                    f"({', '.join(sites) or 'this model has none'}), got another"
+                )
+            other.degrees[name] = self._degree(sites[name], degree)
+        chosen = {name: sites[name] for name in other.degrees}
+        other._run.centring = Centring(chosen, other.degrees) if chosen else None
+        other._captured = Captured(other._evaluate)
+        if self.mode == "vmap":
+            with seeded(0):
+                other._choose_mode()
         return other
+
+    def scales(self) -> list[int]:
+        """The coordinates on which scales of sites in ``centrable`` depend, those of the smallest sites first."""
+        apart = self.recentred({name: 0.0 for name in self.centrable})
+        with seeded(0):
+            x = apart.prior(1)
+        with self._run.settings(), torch.enable_grad():
+            x = x.to(dtype=self.dtype, device=self.device).requires_grad_()
+            row = {name: value[0] for name, value in apart._transform(x)[0].items()}
+            frames = [frame for frame, _ in apart._run.noise(row).values()]
+            total = sum((torch.rand_like(s) * s).sum() for s in map(Frame.log_scale, frames))
+            if not total.requires_grad:  # only locations are latent
+                return []
+            (gradient,) = torch.autograd.grad(total, x, allow_unused=True, materialize_grads=True)
+        moves = (gradient[0] != 0).tolist()
+        sites = sorted(self.sites, key=lambda site: site.stop - site.start)
+        return [i for site in sites for i in range(site.start, site.stop) if moves[i]]
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether the scale of a site in ``centrable`` is a matrix."""
+        return self._layout.centrable[name]
+
+    def _degree(self, site: Site, degree: Tensor | float) -> Tensor:
+        """A degree of centring in the shape of the site's unconstrained value."""
+        value = torch.as_tensor(degree, dtype=self.dtype, device=self.device)
+        if (value.dim() and value.shape != site.unconstrained_shape) or not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(
+                f"reparam['{site.name}']: expected degrees of centring in [0, 1], one or of shape "
+                f"{tuple(site.unconstrained_shape)}, got {degree!r}"
+            )
+        if self.is_matrix(site.name) and not bool((value == 0).all() | (value == 1).all()):
+            raise ValueError(f"reparam['{site.name}']: expected 0 or 1, for its scale is a matrix, got {degree!r}")
+        return value.expand(site.unconstrained_shape).clone()
 
     @property
     def capture_refused(self) -> str:
@@ -90,7 +167,12 @@ class PyroModel:
         self._captured.forget()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,) in x's dtype; -inf, counted, for rows at which the model raises."""
+        """log p of each row of x (N, dim), as (N,) in x's dtype; -inf where it is above values.BELIEVED, and, counted,
+        for rows at which the model raises."""
+        return believed(self.as_computed(x))
+
+    def as_computed(self, x: Tensor) -> Tensor:
+        """log p of each row of x (N, dim), as (N,), whatever the model's arithmetic gives."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
         inside = x.to(dtype=self.dtype, device=self.device)
@@ -113,16 +195,17 @@ class PyroModel:
 
     def constrain(self, x: Tensor) -> Values:
         """Named values of x (N, dim): latent sites (N, *shape), then deterministic ones (NaN if the model raises)."""
+        computed = [name for name in [*self.names, *self.deterministic] if name in self._computed()]
         with self._run.settings():
             values, _ = self._transform(x.to(dtype=self.dtype, device=self.device))
-            if not self.deterministic:
+            if not computed:
                 return values
             evaluate = torch.func.vmap(self._run.deterministic) if self.mode == "vmap" else self._deterministic_in_turn
             blocks = []
             for start in range(0, len(x), BLOCK):
                 block = {name: value[start : start + BLOCK] for name, value in values.items()}
                 blocks += by_halves(evaluate, block, self._failed_deterministic)
-        return values | {name: torch.cat([block[name] for block in blocks]) for name in self.deterministic if blocks}
+        return values | {name: torch.cat([block[name] for block in blocks]) for name in computed if blocks}
 
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """x (dim,) of one point's constrained values, or x (N, dim) of a batch: the inverse of :meth:`constrain`.
@@ -133,7 +216,7 @@ class PyroModel:
         missing = [name for name in self.names if name not in values]
         if missing:
             raise ValueError(f"values: expected one for every latent site, got none for '{missing[0]}'")
-        parts, batched = [], set()
+        parts, batched, whole = [], set(), {}
         for site in self.sites:
             value = torch.as_tensor(values[site.name], dtype=self.dtype, device=self.device)
             batched.add(value.dim() > len(site.shape))
@@ -146,9 +229,10 @@ class PyroModel:
                     f"values['{site.name}']: expected values in the support {site.support}, got some outside"
                 )
             parts.append(site.unconstrained(value))
+            whole[site.name] = value
         if len({len(part) for part in parts}) > 1 or len(batched) > 1:
             raise ValueError(f"values: expected one leading size, got {sorted({len(part) for part in parts})}")
-        x = torch.cat(parts, -1)
+        x = self._with_coordinates(torch.cat(parts, -1), whole)
         return x if batched == {True} else x[0]
 
     def prior(self, n: int) -> Tensor:
@@ -165,6 +249,8 @@ class PyroModel:
             except NUMERICAL:
                 continue
             row = torch.cat([site.unconstrained(nodes[site.name]["value"][None]) for site in self.sites], -1)
+            if self.degrees:
+                row = self._placed(row, {k: v[None] for k, v in self._run.centring.coordinates(nodes).items()})
             rows += [row] if bool(row.isfinite().all()) else []
         if len(rows) < n:
             raise ValueError(f"prior: expected {n} finite draws, got {len(rows)} in {10 * n + 100} runs of the model")
@@ -174,11 +260,21 @@ class PyroModel:
         """A name for each coordinate of x: 'tau', 'theta[3]', 'b[1,2]' (positions in the unconstrained value)."""
         return [name for site in self.sites for name in site.coordinate_names()]
 
+    def account(self) -> list[str]:
+        """Sentences on what the model was given: its data, or that it has none, and what is held fixed."""
+        return account(self.observed, self.factors, self.fixed)
+
     def _transform(self, x: Tensor) -> tuple[Values, Tensor | None]:
-        """The latent values, each (N, *shape), and log|det dT/dx| (N,), None for the identity."""
+        """The latent values, each (N, *shape), and log|det dT/dx| (N,), None for the identity.
+
+        Of sites with coordinates of their own these take the place of values, for which the model must be run.
+        """
         values: Values = {}
         total: Tensor | None = None
         for site in self.sites:
+            if site.name in self.degrees:
+                values[site.name] = x[:, site.slice].reshape(len(x), *site.unconstrained_shape)
+                continue
             values[site.name], log_det = site.constrained(x)
             if log_det is not None:
                 total = log_det if total is None else total + log_det
@@ -202,9 +298,38 @@ class PyroModel:
         return self._run.log_joint_in_plate(shaped, dim=-1 - depth)
 
     def _deterministic_in_turn(self, values: Values) -> Values:
-        count = len(next(iter(values.values())))
-        rows = [self._run.deterministic({k: v[i] for k, v in values.items()}) for i in range(count)]
-        return {name: torch.stack([row[name] for row in rows]) for name in self.deterministic}
+        return _in_turn(self._run.deterministic, values)
+
+    def _computed(self) -> dict[str, torch.Size]:
+        """The sites whose values only a run of the model tells, with their shapes."""
+        own = {site.name: site.shape for site in self.sites if site.name in self.degrees}
+        return own | self._layout.deterministic
+
+    def _with_coordinates(self, x: Tensor, values: Values) -> Tensor:
+        """x (N, dim) with the coordinates of recentred sites at values (N, *shape) in its place."""
+        if not self.degrees:
+            return x
+        over = torch.func.vmap if self.mode == "vmap" else lambda fn: lambda rows: _in_turn(fn, rows)
+        with self._run.settings():
+            return self._placed(x, over(self._run.coordinates)(values))
+
+    def translate(self, x: Tensor, other: PyroModel) -> Tensor:
+        """The coordinates in ``other``, the same model at other degrees of centring, of points x (N, dim) of this."""
+        names = [name for name in self.centrable if name in (self.degrees | other.degrees)]
+        if not names:
+            return x
+        one = torch.ones((), dtype=self.dtype, device=self.device)
+        here = self.recentred({name: self.degrees.get(name, one) for name in names})
+        degrees = {name: other.degrees.get(name, one) for name in names}
+        with self._run.settings():
+            given, _ = here._transform(x.to(dtype=self.dtype, device=self.device))
+            translated = lambda row: here._run.translated(row, degrees)  # noqa: E731 (of one row, for vmap)
+            moved = torch.func.vmap(translated)(given) if self.mode == "vmap" else _in_turn(translated, given)
+        return self._placed(x, moved)
+
+    def _placed(self, x: Tensor, coordinates: Values) -> Tensor:
+        parts = [coordinates.get(s.name, x[:, s.slice]).reshape(len(x), -1) for s in self.sites]
+        return torch.cat(parts, -1)
 
     def _failed(self, values: Values, error: Exception) -> Tensor:
         """-inf for one row, with gradient 0, so that it stays in the graph of the others."""
@@ -216,26 +341,33 @@ class PyroModel:
     def _failed_deterministic(self, values: Values, error: Exception) -> Values:
         self.last_failure = first_line(error)
         like = next(iter(values.values()))
-        return {name: like.new_full((1, *shape), torch.nan) for name, shape in self._layout.deterministic.items()}
+        return {name: like.new_full((1, *shape), torch.nan) for name, shape in self._computed().items()}
 
     def _choose_mode(self) -> None:
         """The first of vmap and particle plate that agrees with single evaluations; else the loop, with a warning."""
         with torch.no_grad(), self._run.settings():
             values, singles = self._trial()
-            reasons = []
-            for self.mode in ("vmap", "plate"):
+            reasons: dict[str, str] = {}
+            for self.mode, self._run.fills in (("vmap", False), ("vmap", True), ("plate", False)):
                 try:
                     batch = self._log_joint(values)
                 except Exception as error:  # anything may come out of a model that was not written for it
-                    reasons.append(f"{self.mode}: {first_line(error)}")
+                    reasons.setdefault(self.mode, f"{self.mode}: {first_line(error)}")
                     continue
                 tolerance = AGREEMENT[self.dtype]
                 if torch.allclose(batch, singles, rtol=tolerance, atol=tolerance, equal_nan=True):
-                    self.mode_reason = "; ".join(reasons) or "agrees with single evaluations"
+                    filled = f"{AGREES}; tensors that it fills join the batch"
+                    self.mode_reason = filled if self._run.fills else "; ".join(reasons.values()) or AGREES
                     return
-                reasons.append(f"{self.mode}: differs from single evaluations")
-        self.mode, self.mode_reason = "loop", "; ".join(reasons)
-        warnings.warn(f"PyroModel: evaluating row by row, which is slow ({self.mode_reason})", stacklevel=4)
+                reasons.setdefault(self.mode, f"{self.mode}: differs from single evaluations")
+            self.mode, self.mode_reason = "loop", "; ".join(reasons.values())
+            seconds = self._run.seconds(values)
+        warnings.warn(
+            f"PyroModel: evaluating row by row, {1e3 * seconds:.2g} ms each, so that a default fit takes some "
+            f"{max(seconds * ROWS_OF_A_FIT / 60, 1):.0f} minutes ({self.mode_reason}); write what vmap refuses as "
+            "operations on whole tensors, or pass max_seconds= (or fewer steps=, particles=)",
+            stacklevel=4,
+        )
 
     def _trial(self) -> tuple[Values, Tensor]:
         """Latent values at a few points and their log p one by one; refuses a model that is random at fixed values."""
@@ -265,6 +397,12 @@ class PyroModel:
                 f"model: expected the same log density at the same values, got {float(a):.6g} and {float(b):.6g}; "
                 "draw every random number by pyro.sample, so that it has a name"
             )
+
+
+def _in_turn(fn: Callable[[Values], Values], values: Values) -> Values:
+    """fn of each row of values, stacked."""
+    rows = [fn({k: v[i] for k, v in values.items()}) for i in range(len(next(iter(values.values()))))]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _describe(run: ModelRun) -> Layout:

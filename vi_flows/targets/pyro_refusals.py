@@ -115,7 +115,7 @@ def check_observed(site: Node) -> None:
     batch = value.shape[: value.dim() - fn.event_dim]
     log_prob = torch.broadcast_shapes(batch, fn.batch_shape)
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    expected = _plate_shape(frames)
+    expected = _plate_shape(frames, log_prob)
     grown = math.prod(log_prob) > max(math.prod(batch), math.prod(fn.batch_shape))
     if value.shape != fn.shape() and (grown or (frames and log_prob != expected)):
         raise ValueError(
@@ -142,10 +142,12 @@ def check_data_support(site: Node, others: list[Any]) -> None:
         )
 
 
-def _plate_shape(frames: list[Any]) -> torch.Size:
+def _plate_shape(frames: list[Any], found: torch.Size) -> torch.Size:
+    """The batch shape that plates ask for; a plate without a size, whose frame says -1, takes what it finds."""
     shape = [1] * max((-frame.dim for frame in frames), default=0)
     for frame in frames:
-        shape[frame.dim] = frame.size
+        known = frame.size != -1 or -frame.dim > len(found)
+        shape[frame.dim] = frame.size if known else found[frame.dim]
     return torch.Size(shape)
 
 

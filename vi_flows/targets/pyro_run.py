@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # What the numbers of one row can raise; at run time anything else is a mistake in the program and is left alone.
 # Adaptive ODE solvers assert that their step has not underflowed.
@@ -23,7 +25,10 @@ Values = dict[str, Tensor]
 class ModelRun:
     """A model with its arguments cast to one dtype and device; every method runs it once under :func:`settings`.
 
-    params: constants for the model's pyro.param sites, by name; the parameter store is left alone.
+    params: constants for the model's pyro.param sites, by name; the parameter store is left alone. fills: whether
+    tensors that the model makes by torch.zeros and the like join the batch under vmap, so that it may write into them.
+    centring: None, or which sites are given by coordinates (:class:`pyro_centring.Centring`) where a density is asked
+    for.
     """
 
     def __init__(
@@ -40,17 +45,27 @@ class ModelRun:
         self.kwargs: dict = cast(kwargs, dtype, device)
         self.dtype = dtype
         self.params: Values = {}
+        self.centring: Any = None
+        self.fills = False
 
     def settings(self, validate: bool = False) -> contextlib.AbstractContextManager[None]:
         """The model's default dtype, and validation off unless asked for; the user's are restored on leaving."""
         return settings(self.dtype, validate)
 
-    def trace(self, values: Values | None = None) -> poutine.Trace:
-        """The trace of one run, with the given latent values or with draws from the prior. Call under settings()."""
+    def trace(
+        self, values: Values | None = None, given: contextlib.AbstractContextManager | None = None
+    ) -> poutine.Trace:
+        """The trace of one run, with the given latent values (by values, or by a handler) or with draws from the prior.
+        Call under settings()."""
         with contextlib.ExitStack() as stack:
             tracer = stack.enter_context(poutine.trace())
+            if given is not None:
+                stack.enter_context(given)
             if values is not None:
                 stack.enter_context(poutine.condition(data=values))
+                if self.fills:
+                    every = values if given is None else values | given.given
+                    stack.enter_context(_Filled(next(iter(every.values()))))
             if self.params:
                 stack.enter_context(poutine.substitute(data=self.params))
             self.model(*self.args, **self.kwargs)
@@ -62,17 +77,28 @@ class ModelRun:
         with self.settings(validate), store.scope(store.get_state()), torch.no_grad(), _PriorDraws(self.dtype):
             return self.trace()
 
+    def _at(self, values: Values) -> tuple[poutine.Trace, Any]:
+        """The trace at values, or at coordinates of the sites that ``centring`` names, and the handler that does it."""
+        if self.centring is None:
+            return self.trace(values), None
+        given = self.centring.given(values)
+        plain = {name: value for name, value in values.items() if name not in self.centring.sites}
+        return self.trace(plain, given), given
+
     def log_joint(self, values: Values) -> Tensor:
         """log p(values, data) of one point, a scalar. Call under settings()."""
-        return torch.as_tensor(self.trace(values).log_prob_sum(_counts))
+        trace, given = self._at(values)
+        total = torch.as_tensor(trace.log_prob_sum(_counts))
+        return total if given is None else sum((part.sum() for part in given.log_det), total)
 
     def log_joint_in_plate(self, values: Values, dim: int) -> Tensor:
         """log p(values, data) (N,) of values with the particles at plate dimension `dim`. Call under settings()."""
         count = len(next(iter(values.values())))
         with pyro.plate("_particles", count, dim=dim):
-            trace = self.trace(values)
+            trace, given = self._at(values)
         trace.compute_log_prob(_counts)
-        total = torch.zeros(())
+        log_det = [] if given is None else given.log_det
+        total = sum((part.reshape(count, -1).sum(-1) for part in log_det), torch.zeros(()))
         for site in trace.nodes.values():
             if "log_prob" in site:
                 log_p = site["log_prob"]
@@ -83,10 +109,42 @@ class ModelRun:
                 total = total + log_p.reshape(count, -1).sum(-1)
         return total
 
+    def fixed(self) -> Values:
+        """What the model reads as constants though it could be learnt: pyro.param sites, parameters of a module."""
+        own = self.model.named_parameters() if isinstance(self.model, torch.nn.Module) else ()
+        values = {name: value.detach() for name, value in own if not name.endswith("_unconstrained")}
+        return values | self.params
+
+    def seconds(self, values: Values) -> float:
+        """The time of one evaluation of log_joint with its gradient, the least at the first few rows of values."""
+        taken = []
+        for i in range(min(3, len(next(iter(values.values()))))):
+            row = {name: value[i].clone().requires_grad_() for name, value in values.items()}
+            began = time.perf_counter()
+            with torch.enable_grad():
+                log_p = self.log_joint(row)
+                if log_p.requires_grad:
+                    torch.autograd.grad(log_p, list(row.values()), allow_unused=True)
+            taken.append(time.perf_counter() - began)
+        return min(taken)
+
     def deterministic(self, values: Values) -> Values:
-        """The pyro.deterministic sites at one point. Call under settings()."""
-        nodes = self.trace(values).nodes
-        return {name: site["value"] for name, site in nodes.items() if is_deterministic(site)}
+        """The pyro.deterministic sites at one point, and those given by coordinates. Call under settings()."""
+        trace, given = self._at(values)
+        found = {name: site["value"] for name, site in trace.nodes.items() if is_deterministic(site)}
+        return found if given is None else found | given.values
+
+    def coordinates(self, values: Values) -> Values:
+        """The coordinates, at one point's values, of the sites that ``centring`` names. Call under settings()."""
+        return self.centring.coordinates(self.trace(values).nodes)
+
+    def translated(self, values: Values, degrees: Values) -> Values:
+        """Coordinates at other degrees of the sites that ``centring`` names, at one point. Call under settings()."""
+        return {n: frame.coordinate(z, degrees[n]) for n, (frame, z) in self.noise(values).items()}
+
+    def noise(self, values: Values) -> dict[str, Any]:
+        """Frame and noise, at one point, of each site that ``centring`` names. Call under settings()."""
+        return self._at(values)[1].noise
 
 
 @contextlib.contextmanager
@@ -208,8 +266,35 @@ def is_data(site: dict[str, Any]) -> bool:
     return not site["infer"].get("is_auxiliary") and isinstance(site["value"], Tensor)
 
 
+def is_factor(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a pyro.factor."""
+    return site["type"] == "sample" and site["is_observed"] and isinstance(base_of(site["fn"]), dist.Unit)
+
+
 def _counts(name: str, site: dict[str, Any]) -> bool:
     return not (is_plate(site) or site["infer"].get("_deterministic"))
+
+
+class _Filled(TorchFunctionMode):
+    """Tensors made by torch.zeros and the like, in the dtype of ``like``, become batched as ``like`` is under vmap.
+
+    vmap cannot write batched numbers into a plain tensor, as distributions and models do that fill one entry by entry
+    (OrderedLogistic, a filter over time).
+    """
+
+    MAKERS = frozenset(
+        getattr(owner, prefix + name + suffix)
+        for name in ("zeros", "ones", "empty", "full")
+        for owner, prefix, suffix in ((torch, "", ""), (torch, "", "_like"), (Tensor, "new_", ""))
+    )
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.zero = torch.zeros_like(like.detach().reshape(-1)[:1].sum())
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + self.zero if func in self.MAKERS and out.dtype == self.zero.dtype else out
 
 
 class _PriorDraws(poutine.messenger.Messenger):

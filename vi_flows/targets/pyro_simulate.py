@@ -218,4 +218,4 @@ def _remade(model: PyroModel, program: Callable[..., Any]) -> PyroModel:
     if (made.dtype, made.device) != (model.dtype, model.device):
         made = made.to(model.dtype, model.device)
     made.nonfinite, made.capture = model.nonfinite, model.capture
-    return made
+    return made.recentred(model.degrees) if model.degrees else made

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
+from .pyro_centring import centrable, frame_of
 from .pyro_refusals import (
     check_data_support,
     check_latent,
@@ -20,11 +21,12 @@ from .pyro_refusals import (
     check_supports,
     support_of,
 )
-from .pyro_run import NUMERICAL, ModelRun, Values, first_line, is_data, is_deterministic, is_plate
+from .pyro_run import NUMERICAL, ModelRun, Values, first_line, is_data, is_deterministic, is_factor, is_plate
 
 Node = dict[str, Any]
 PRIOR_RUNS = 3  # compared with one another: a random structure or support shows as a difference
 PRIOR_TRIES = 10
+LISTED, SHOWN = 8, 4  # sites in a sentence, and numbers of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +91,15 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sites of a model: latent ones in the order of x, data, deterministic ones; and how deep its plates nest."""
+    """The sites of a model: latent ones in the order of x, data, factors, deterministic ones; how deep its plates nest.
+
+    centrable: the names of latent sites whose location or scale is latent too, and whether that scale is a matrix.
+    """
 
     sites: tuple[Site, ...]
+    centrable: dict[str, bool]
     observed: Values
+    factors: tuple[str, ...]
     deterministic: dict[str, torch.Size]
     plate_nesting: int
 
@@ -128,10 +135,44 @@ def inspect_model(run: ModelRun) -> Layout:
         raise ValueError("model: expected at least one latent coordinate, got latent sites without entries")
     return Layout(
         tuple(sites),
+        {
+            site.name: frame_of(nodes[site.name]["fn"]).tril is not None
+            for site in sites
+            if site.free is None and centrable(nodes[site.name], [other[site.name] for other in others])
+        },
         {name: site["value"] for name, site in nodes.items() if is_data(site)},
+        tuple(name for name, site in nodes.items() if is_factor(site)),
         {name: site["value"].shape for name, site in nodes.items() if is_deterministic(site)},
         max([_nesting(site) for site in nodes.values()], default=0),
     )
+
+
+def account(observed: Values, factors: list[str], fixed: Values) -> list[str]:
+    """Sentences on a model's data, by observed sites and factors, and on what it holds fixed."""
+    sites = [f"'{name}' ({value.numel()} value{'s' if value.numel() != 1 else ''})" for name, value in observed.items()]
+    sites += [f"pyro.factor '{name}'" for name in factors]
+    told = (
+        f"data: {_listed(sites)}."
+        if sites
+        else "no data: no site is observed and nothing is a factor: this is the prior."
+    )
+    held = [f"{name} = {_value(value)}" for name, value in fixed.items()]
+    return [told, *([f"held fixed, not inferred: {_listed(held)}."] if held else [])]
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - LISTED
+    return ", ".join(items[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _value(value: Tensor) -> str:
+    """A constant in a sentence: its numbers where they are few, else their shape and range."""
+    if value.numel() == 1:
+        return f"{float(value):.4g}"
+    if value.numel() <= SHOWN:
+        return f"[{', '.join(f'{v:.4g}' for v in value.flatten().tolist())}]"
+    shape = " × ".join(map(str, value.shape))
+    return f"{shape} numbers from {float(value.min()):.4g} to {float(value.max()):.4g}"
 
 
 def is_latent(site: Node) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .pyro_model import PyroModel
+from .values import BELIEVED, believed, beside_mass, show
 
 POLICIES = ("raise", "skip")
-SKIPPED_WARN, SKIPPED_RAISE = 0.01, 0.2
+SKIPPED_WARN = 0.01
 
 
 @runtime_checkable
@@ -40,7 +41,8 @@ class LogDensity:
     fn: maps a float tensor x (N, dim) to the log densities (N,), differentiably and row by row. It is given a copy of x
     in the target's own ``dtype`` (float64 unless changed by :meth:`to`), so it may work in place; the result returns in
     x's dtype. dim: D, the number of coordinates of x.
-    nonfinite: what :func:`check_finite` does with NaN and +inf: "raise", or "skip" (weight 0, counted).
+    nonfinite: what :func:`check_finite` does with NaN and +inf beside values that matter: "raise", or "skip" (weight 0,
+    counted).
     Raises TypeError or ValueError for arguments of another kind.
     """
 
@@ -66,7 +68,14 @@ class LogDensity:
         self.failed_rows = 0  # rows at which fn raised torch.linalg.LinAlgError
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,) in x's dtype. Raises ValueError if fn's result has another form."""
+        """log p of each row of x (N, dim), as (N,) in x's dtype, −inf where it is above values.BELIEVED.
+
+        Raises ValueError if fn's result has another form.
+        """
+        return believed(self.as_computed(x))
+
+    def as_computed(self, x: Tensor) -> Tensor:
+        """log p of each row of x (N, dim), as (N,), whatever fn gives."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
         with _without_validation():  # points far out may overflow a distribution's parameters
@@ -143,35 +152,29 @@ def _shape_remedy(shape: tuple[int, ...], count: int, name: str) -> str:
 
 
 def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]:
-    """Apply the target's policy for NaN and +inf to log_p (N,) at x (N, dim); returns (log_p, how many were replaced).
+    """Apply the target's policy for NaN, +inf and what else is above values.BELIEVED to log_p (N,) at x (N, dim): they
+    become −inf, so weight 0 and gradient 0; returns (log_p, how many were replaced).
 
-    "raise" (the default): ValueError naming the first such x. "skip": they become -inf, so weight 0 and gradient 0 in
-    log_p; above 1 % of the rows this warns, above 20 % it raises ValueError. -inf is a legitimate value (weight 0) and
-    passes.
+    "raise" (the default): ValueError naming the first x where there is no value although values that matter lie beside
+    it; where log p has sunk before it overflows, nothing is lost. "skip": never; above 1 % of the rows this warns.
+    −inf is a legitimate value (weight 0) and passes.
     """
-    bad = log_p.isnan() | (log_p == torch.inf)
+    bad = ~(log_p <= BELIEVED)
     count = int(bad.sum())
     if count == 0:
         return log_p, 0
-    first = int(bad.nonzero()[0, 0])
-    where = f"{float(log_p[first])} at x = {show(x[first])} ({count} of {len(x)} points)"
-    if getattr(target, "nonfinite", "raise") == "raise":
-        raise ValueError(
-            f'log_prob: expected finite values or -inf, got {where}; repair the density there, or pass nonfinite="skip"'
-        )
-    if count > SKIPPED_RAISE * len(x):
-        raise ValueError(
-            f"log_prob: expected at most 20 % of the values NaN or +inf to skip, got {where}; repair the density"
-        )
-    if count > SKIPPED_WARN * len(x):
-        warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
+    skips = getattr(target, "nonfinite", "raise") == "skip"
+    first = int(bad.nonzero()[0, 0]) if skips else beside_mass(target, x, log_p, bad)
+    if first is not None:
+        where = f"{float(log_p[first])} at x = {show(x[first])} ({count} of {len(x)} points)"
+        if not skips:
+            raise ValueError(
+                f"log_prob: expected finite values or -inf, got {where}, beside values that matter; "
+                'repair the density there, or pass nonfinite="skip"'
+            )
+        if count > SKIPPED_WARN * len(x):
+            warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
     return torch.where(bad, -torch.inf, log_p), count
-
-
-def show(x: Tensor, limit: int = 6) -> str:
-    """A point for a message: '[0.1, -2]', cut after `limit` coordinates."""
-    values = [f"{float(v):.4g}" for v in x.detach().reshape(-1)[:limit]]
-    return f"[{', '.join(values)}{', ...' if x.numel() > limit else ''}]"
 
 
 def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any, **kwargs: Any) -> Target:

@@ -18,7 +18,10 @@ from ..inference.judge import CAVEATS, CORRECTED
 from ..inference.posterior import Posterior
 from ..inference.ranks import Rate
 from ..inference.refits import CLAIMED, STATUSES
+from .hierarchies import Hierarchy, hierarchy
 from .synthetic import KINDS, SyntheticTarget, synthetic
+
+NECKS = ("neck", "neck_model")  # hierarchies whose scale may be small: as plain densities, and as Pyro models
 
 EXACT, WEIGHTED = 200_000, 40_000  # draws: of the truth, and of the posterior beside it
 PROBABILITIES = (0.05, 0.5, 0.95)
@@ -30,7 +33,7 @@ LIMITS = {"log Z": 0.1, "mean": 0.1, "P5": 0.015, "P50": 0.03, "P95": 0.015}
 class Row:
     """One fit of one synthetic target, beside the truth.
 
-    kind, seed, dim, target: what was fitted, ``synthetic(kind, seed)``, which was also the fit's seed. status: of the
+    kind, seed, dim, target: what was fitted, :func:`known_target`, whose seed was also the fit's. status: of the
     verdict, or "error" where the fit raised (``message`` says what). checks: statistic/bound of each, passed below 1;
     failed: those that did not pass. errors, own_errors: of the weighted draws and log Ẑ, and of unweighted draws of q,
     as multiples of LIMITS, so that 1 is the largest that is right. log_z_error, log_z_se, khat, ess (a share),
@@ -141,50 +144,64 @@ def calibrate_verdict(
 
     Parameters
     ----------
-    n, seed: targets ``synthetic(kind, s)`` for s = seed .. seed + n − 1, the kinds taking turns.
+    n, seed: targets of seeds s = seed .. seed + n − 1, the kinds taking turns.
+    kinds: of ``synthetic``, and "neck" and "neck_model": hierarchies of 5 to 50 groups whose scale may be small, as
+        densities and as Pyro models (:mod:`vi_flows.testing.hierarchies`).
     kept: rows of an earlier run, which are not measured again. report: is called with every row.
 
     Raises ValueError for n < 1 or an unknown kind.
     """
     whole("n", n, remedy="the number of targets to fit")
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    every = (*KINDS, *NECKS)
+    unknown = [kind for kind in kinds if kind not in every]
     if unknown or not kinds:
-        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {unknown or 'none'}")
+        raise ValueError(f"kinds: expected some of {', '.join(every)}, got {unknown or 'none'}")
     known = {(row.kind, row.seed): row for row in kept}
     rows = []
     for i in range(n):
         kind = kinds[i % len(kinds)]
-        rows.append(row := known.get((kind, seed + i)) or measure(synthetic(kind, seed + i)))
+        rows.append(row := known.get((kind, seed + i)) or measure(known_target(kind, seed + i)))
         if report is not None:
             report(row)
     return Calibration(rows)
 
 
-def measure(target: SyntheticTarget) -> Row:
+def known_target(kind: str, seed: int) -> SyntheticTarget | Hierarchy:
+    """A random target of that kind, with log Z = 0 and exact draws."""
+    return hierarchy(kind, seed) if kind in NECKS else synthetic(kind, seed)
+
+
+def measure(target: SyntheticTarget | Hierarchy) -> Row:
     """One fit by default settings, compared with exact draws and log Z = 0; one that raises is a row too."""
     described = {"kind": target.kind, "seed": target.seed, "dim": target.dim, "target": target.how}
     began = time.process_time()
     try:
-        posterior = fit(target, seed=target.seed, progress=False)
+        posterior = fit(target.target(), seed=target.seed, progress=False)
     except Exception as error:  # whatever it is, it is what a user would have got
         seconds, message = time.process_time() - began, f"{type(error).__name__}: {error}"
         return Row(**described, status="error", cpu_seconds=seconds, message=message)
-    return compare(posterior, target.draws(EXACT, target.seed), described, time.process_time() - began)
+    return compare(posterior, target, described, time.process_time() - began)
 
 
-def compare(posterior: Posterior, exact: Tensor, described: dict[str, Any], cpu_seconds: float) -> Row:
-    """The row of a posterior whose target has log Z = 0 and the given draws."""
+def compare(
+    posterior: Posterior, target: SyntheticTarget | Hierarchy, described: dict[str, Any], cpu_seconds: float
+) -> Row:
+    """The row of a posterior of a target with log Z = 0 and exact draws."""
     checks, seed = posterior.verdict.checks, described["seed"] + 1
-    errors = draw_errors(posterior.sample(WEIGHTED, seed=seed), exact)
+    exact, log_z = target.draws(EXACT, target.seed), target.log_z_of(posterior.log_evidence)
+
+    def drawn(weighted: bool) -> Tensor:
+        return target.points(posterior.sample(WEIGHTED, weighted=weighted, seed=seed))
+
     return Row(
         **described,
         status=posterior.verdict.status,
         cpu_seconds=cpu_seconds,
         failed=[check.name for check in checks if not check.passed],
         checks={check.name: check.statistic / check.bound for check in checks},
-        errors={"log Z": _multiple(abs(posterior.log_evidence), "log Z"), **errors},
-        own_errors=draw_errors(posterior.sample(WEIGHTED, weighted=False, seed=seed), exact),
-        log_z_error=posterior.log_evidence,
+        errors={"log Z": _multiple(abs(log_z), "log Z"), **draw_errors(drawn(weighted=True), exact)},
+        own_errors=draw_errors(drawn(weighted=False), exact),
+        log_z_error=log_z,
         log_z_se=posterior.log_evidence_se,
         khat=posterior.khat,
         ess=posterior.ess / len(posterior.draws),

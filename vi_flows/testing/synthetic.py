@@ -78,6 +78,19 @@ class SyntheticTarget(KnownDensity):
         self.law = self.flow()  # its parameters do not change: one bijection serves all calls
         super().__init__(self._log_p, flow.dim, log_z=0.0, how=how, draw=self._draw)
 
+    def target(self) -> SyntheticTarget:
+        """What is fitted: this density itself."""
+        return self
+
+    def log_z_of(self, log_evidence: float) -> float:
+        """The log normaliser that a fit's log evidence stands for."""
+        return log_evidence
+
+    @staticmethod
+    def points(draws: Tensor) -> Tensor:
+        """Draws of a fit as x (N, dim)."""
+        return draws
+
     def _log_p(self, x: Tensor) -> Tensor:
         z, logdet = self.law.bijection.inverse_and_logdet(x)
         return self.law.base.log_prob(z) + logdet

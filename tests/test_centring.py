@@ -1,0 +1,234 @@
+"""Centring and necks: coordinates of hierarchies against the model as written, and draws whose neck is missing."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import vi_flows as vf
+from vi_flows.inference.centring import choose_centring, learned
+from vi_flows.inference.gaussian import Gaussians
+from vi_flows.inference.necks import funnels, necks
+from vi_flows.inference.weights import Weights
+from vi_flows.targets import LogDensity, PyroModel
+from vi_flows.testing.calibration import draw_errors, known_target
+from vi_flows.testing.hierarchies import Hierarchy
+
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def schools(y, sigma):
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def families():
+    """Every kind of frame, in plates and events, nested: the scale of one is the location of another."""
+    m, s = pyro.sample("m", dist.Normal(0.0, 1.0)), pyro.sample("s", dist.HalfNormal(1.0))
+    pyro.sample("log_normal", dist.LogNormal(m * torch.ones(2), s).to_event(1))
+    pyro.sample("student", dist.StudentT(4.0, m, s).expand([2]).to_event(1))
+    pyro.sample("laplace", dist.Laplace(m, s))
+    pyro.sample("cauchy", dist.Cauchy(m, s))
+    pyro.sample("gumbel", dist.Gumbel(m, s))
+    lam = pyro.sample("half_cauchy", dist.HalfCauchy(s).expand([2]).to_event(1))
+    pyro.sample("gamma", dist.Gamma(2.0, s))
+    pyro.sample("inverse_gamma", dist.InverseGamma(2.0, s))
+    pyro.sample("exponential", dist.Exponential(s))
+    with pyro.plate("n", 2):
+        pyro.sample("normal", dist.Normal(m, s * lam))
+
+
+def slopes(y):
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    corr = pyro.sample("corr", dist.LKJCholesky(2, 2.0))
+    with pyro.plate("groups", 3):
+        b = pyro.sample("b", dist.MultivariateNormal(loc, scale_tril=scale[:, None] * corr))
+        pyro.sample("t", dist.MultivariateStudentT(torch.tensor(5.0), loc, scale[:, None] * corr))
+        pyro.sample("y", dist.Normal(b.sum(-1), 1.0), obs=y)
+
+
+def walk(y):
+    scale, x = pyro.sample("scale", dist.HalfNormal(1.0)), 0.0
+    for t in range(len(y)):
+        x = pyro.sample(f"x{t}", dist.Normal(x, scale))
+        pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=y[t])
+
+
+MODELS = {
+    "schools": lambda: PyroModel(schools, Y, SIGMA),
+    "families": lambda: PyroModel(families),
+    "slopes": lambda: PyroModel(slopes, torch.randn(3)),
+    "walk": lambda: PyroModel(walk, torch.randn(4)),
+}
+
+
+def degrees(target: PyroModel, c: float) -> dict[str, float]:
+    return {name: round(c) if target.is_matrix(name) else c for name in target.centrable}
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_other_coordinates_have_the_same_law(name, c):
+    """log p over other coordinates is log p of the model as written plus the log-determinant, by autograd, of the map
+    between them; values go there and back, and translate says the same as going by way of values."""
+    torch.manual_seed(0)
+    target = MODELS[name]()
+    other = target.recentred(degrees(target, c))
+    assert other.centrable == target.centrable and other.mode == "vmap"
+    x = 0.5 * torch.randn(5, target.dim, dtype=torch.float64)
+    values = other.constrain(x)
+    written = target.unconstrain(values)
+    assert torch.allclose(other.unconstrain(values), x, atol=1e-10)
+    assert torch.allclose(other.translate(x, target), written, atol=1e-10)
+    assert torch.allclose(target.translate(written, other), x, atol=1e-10)
+    for i in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda row: other.translate(row[None], target)[0], x[i])
+        difference = other.log_prob(x[i : i + 1]) - target.log_prob(written[i : i + 1])
+        assert float(difference) == pytest.approx(float(torch.linalg.slogdet(jacobian)[1]), abs=1e-9)
+    assert other.prior(2).shape == (2, target.dim)
+
+
+def test_modes_of_evaluation_agree():
+    target = PyroModel(schools, Y, SIGMA).recentred({"theta": 0.4})
+    x = torch.randn(6, target.dim, dtype=torch.float64)
+    expected, values = target.log_prob(x), target.constrain(x)
+    for target.mode in ("plate", "loop"):
+        target.forget()
+        assert torch.allclose(target.log_prob(x), expected, atol=1e-9)
+    target.mode = "loop"
+    assert all(torch.allclose(target.constrain(x)[name], value) for name, value in values.items())
+    assert torch.allclose(target.unconstrain(values), x, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.2])
+def test_nothing_cancels_in_the_neck(c):
+    """At log τ = −200 values equal their location to the last bit, and the density still sees the coordinates."""
+    target = PyroModel(schools, Y, SIGMA).recentred({"theta": c})
+    x = torch.full((1, 10), 0.5, dtype=torch.float64)
+    x[:, 1] = -200.0
+    z = x[0, 2:] if c == 0 else (x[0, 2:] - c * 0.5) * math.exp(200 * c)
+    expected = -0.5 * float(z.square().sum()) + 8 * c * 200.0
+    y = dist.Normal(0.5, SIGMA.double()).log_prob(Y.double()).sum()
+    prior = dist.Normal(0.0, 5.0).log_prob(torch.tensor(0.5)) + math.log(2 / (math.pi * 5)) - 200.0
+    expected += float(y) + float(prior) - 4 * math.log(2 * math.pi)
+    assert float(target.log_prob(x)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_no_degree_is_refused():
+    target = PyroModel(schools, Y, SIGMA)
+    with pytest.raises(
+        ValueError, match=r"reparam\['mu'\]: expected a site whose location or scale is latent \(theta\)"
+    ):
+        target.recentred({"mu": 0.0})
+    with pytest.raises(ValueError, match=r"reparam\['theta'\]: expected degrees of centring in \[0, 1\]"):
+        target.recentred({"theta": 1.5})
+    with pytest.raises(ValueError, match=r"one or of shape \(8,\)"):
+        target.recentred({"theta": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"reparam\['b'\]: expected 0 or 1, for its scale is a matrix"):
+        PyroModel(slopes, torch.zeros(3)).recentred({"b": 0.5})
+    with pytest.raises(ValueError, match="reparam: expected True or False for a density"):
+        vf.fit(LogDensity(lambda x: -x.square().sum(-1), dim=2), reparam={"x": 0.0}, progress=False)
+    with pytest.raises(ValueError, match="reparam: expected True, False or degrees"):
+        vf.fit(schools, Y, SIGMA, reparam="yes", progress=False)
+
+
+def test_learned_degrees_are_the_share_of_the_data():
+    """With a known scale τ and normal data of precision I the degree is Iτ²/(1 + Iτ²)."""
+
+    def model(y, noise):
+        tau = pyro.sample("tau", dist.LogNormal(math.log(0.7), 0.001))
+        with pyro.plate("groups", 4):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, noise), obs=y)
+
+    torch.manual_seed(0)
+    noise = torch.tensor([0.1, 0.5, 1.0, 5.0], dtype=torch.float64)
+    apart = PyroModel(model, torch.ones(4), noise).recentred({"theta": 0.0})
+    precision = torch.cat([torch.tensor([1e6]).double(), 1 + 0.49 / noise.square()])
+    gaussian = Gaussians(torch.zeros(1, 5).double(), precision.rsqrt().diag()[None], ("by hand",))
+    found = learned(apart, gaussian)["theta"]
+    assert torch.allclose(found, 0.49 / (0.49 + noise.square()), atol=0.1)  # prior variances are those of 400 draws
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.05, 0.8, 1.0), (5.0, 0.0, 0.3)])
+def test_data_that_say_much_are_centred(noise, low, high):
+    torch.manual_seed(0)
+    y = torch.randn(20) + noise * torch.randn(20)
+    target, near, sentence = choose_centring(PyroModel(schools, y, torch.full((20,), noise)), None)
+    assert near.shape == (1, target.dim) and sentence.startswith("centring:")
+    degree = target.degrees.get("theta", torch.ones(()))
+    assert low <= float(degree.min()) and float(degree.max()) <= high
+
+
+def test_centred_schools_are_claimed_and_keep_their_names(tmp_path):
+    """Fitted in coordinates of its own, saved, and read back beside the model as written."""
+    posterior = vf.fit(schools, Y, SIGMA, progress=False)
+    assert posterior.verdict.status in ("reliable", "corrected")
+    assert "necks" in [check.name for check in posterior.verdict.checks]
+    exact = Hierarchy(Y.double(), SIGMA.double(), "HalfCauchy", 5.0, "neck_model", 0)
+    assert abs(posterior.log_evidence - exact.log_evidence) < 0.02
+    draws = posterior.sample(4000, seed=0)
+    assert draws["theta"].shape == (4000, 8) and max(draw_errors(exact.points(draws), exact.draws(40_000)).values()) < 1
+    assert any(note.startswith("centring:") for note in posterior.notes)
+    path = posterior.save(tmp_path / "schools.safetensors")
+    again = vf.load(path, target=PyroModel(schools, Y, SIGMA)).sample(100, seed=3)
+    assert all(torch.allclose(again[name], value) for name, value in posterior.sample(100, seed=3).items())
+
+
+def test_funnels_are_read_from_curvature():
+    """A density of a scale (b = .7), six directions about a centre, and coordinates that hang on nothing."""
+    torch.manual_seed(0)
+    spread, centre = torch.randn(6, 6).double() + 3 * torch.eye(6), torch.randn(6).double()
+
+    def log_p(x):
+        v, offset = x[:, 0], (x[:, 1:7] - centre) @ spread.mT * torch.exp(-0.7 * x[:, :1])
+        return -0.5 * (v.square() + offset.square().sum(-1) + x[:, 7:].square().sum(-1)) - 6 * 0.7 * v
+
+    v = torch.randn(4000, 1).double()
+    children = (0.7 * v).exp() * torch.linalg.solve(spread, torch.randn(6, 4000).double()).mT + centre
+    x = torch.cat([v, children, torch.randn(4000, 2).double()], -1)
+    found = funnels(LogDensity(log_p, dim=9), x)
+    assert [f.v for f in found] == [0]
+    (funnel,) = found
+    assert funnel.rank == 6 and funnel.slope == pytest.approx(0.7, abs=0.01)
+    assert torch.allclose(funnel.centre[1:7], centre, atol=1e-3)
+    y, log_det = funnel.moved(x[:5], torch.tensor([0.5, -0.5, 1.0, 2.0, -3.0]).double())
+    jacobian = torch.autograd.functional.jacobian(
+        lambda r: funnel.moved(r[None], torch.tensor([0.5]).double())[0], x[0]
+    )
+    assert float(log_det[0]) == pytest.approx(float(torch.linalg.slogdet(jacobian.squeeze())[1]), abs=1e-6)
+    back, _ = funnel.moved(y, -torch.tensor([0.5, -0.5, 1.0, 2.0, -3.0]).double())
+    assert torch.allclose(back, x[:5], atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4])
+@pytest.mark.parametrize("how", ["density", "written", "recentred"])
+def test_missing_necks_are_seen(how, seed):
+    """Exact draws pass; without the 6 % of the smallest scales they do not, however the hierarchy is given."""
+    torch.manual_seed(seed)
+    hierarchy = known_target("neck", seed)
+    model = PyroModel(hierarchy.model)
+    target = {"density": hierarchy, "written": model, "recentred": model.recentred({"theta": 0.2})}[how]
+    every = hierarchy.draws(40_000, seed)
+    for share, passed in ((0.0, True), (0.06, False)):
+        x = every[every[:, 1] >= every[:, 1].quantile(share)][:20_000]
+        x = x if how == "density" else model.translate(x, target)
+        even = torch.zeros(len(x), dtype=torch.float64)
+        (check,) = necks(target, Weights(x, even, even))
+        assert check.passed == passed, check.sentence
+    name = "x[1]" if how == "density" else "tau"
+    assert name in check.sentence and "not seen to fall" in check.sentence
+
+
+def test_nothing_is_moved_where_nothing_scales():
+    x = torch.randn(5000, 3, dtype=torch.float64)
+    even = torch.zeros(5000, dtype=torch.float64)
+    assert necks(LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=3), Weights(x, even, even)) == []
