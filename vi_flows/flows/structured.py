@@ -21,7 +21,8 @@ from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
 
-REACH = 4.0  # sd of the few, from where the many follow them no further: a polynomial left alone would run away
+REACH = 4.0  # sd of the few, from where the many follow them linearly: a polynomial left alone would run away
+TAIL_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
@@ -167,8 +168,9 @@ def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
 class Features(nn.Module):
     """Products of orthonormal Hermite polynomials of t (\\*batch, d) -> (\\*batch, F); the first is 1.
 
-    Under t ~ N(0, I) they are orthonormal, so that one learning rate suits all of their coefficients. t is bounded at
-    REACH. exponents: (F, d) whole numbers.
+    Under t ~ N(0, I) they are orthonormal, so that one learning rate suits all of their coefficients. In factors of
+    degree 2 and above t is bounded at REACH: far out all is linear, as the log of a scale is in that of another.
+    exponents: (F, d) whole numbers.
     """
 
     def __init__(self, exponents: Tensor):
@@ -187,10 +189,11 @@ class Features(nn.Module):
         return len(self.exponents)
 
     def forward(self, t: Tensor) -> Tensor:
-        t = bounded(t, REACH)
+        linear, t = t, bounded(t, REACH)
         powers = [torch.ones_like(t), t]
         for k in range(1, self.degree):  # He_{k+1} = t He_k − k He_{k−1}, each over √k!
             powers.append((t * powers[k] - math.sqrt(k) * powers[k - 1]) / math.sqrt(k + 1))
+        powers[1] = linear
         table = torch.cat([torch.ones_like(t[..., :1]), torch.stack(powers[1 : self.degree + 1], -1).flatten(-2)], -1)
         found = table.index_select(-1, self.factors[:, 0])
         for k in range(1, self.factors.shape[1]):
@@ -292,7 +295,7 @@ def structured(layer: StructuredLayer) -> Flow:
     """A spline flow over the few, and the layer over it; in the layer's precision."""
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
-    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few).to(layer.loc))
+    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:

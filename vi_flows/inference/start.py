@@ -48,6 +48,18 @@ class Starts:
     probes: Gaussians | None = None
 
 
+def outright(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts | None:
+    """A structured start where that is asked for, or, of very many coordinates, where it pays: then nothing else is
+    located, nor centred, for it follows necks as the model is written."""
+    if isinstance(init, Posterior) or callable(init) or not (choice == "structured" or target.dim > MANY_DIMS):
+        return None
+    inside = _inside(target, choice, _init_points(target, init), device)
+    if inside is None:
+        return None
+    place = {"device": device, "dtype": torch.float64}
+    return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
+
+
 def starts(
     target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None, near: Tensor | None = None
 ) -> Starts:
@@ -57,13 +69,11 @@ def starts(
         if choice != "auto":
             raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
         return _warm_start(init, target, place)
-    if choice not in ("auto", "structured"):
+    if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
     given = [points for points in (_init_points(target, init), near) if points is not None]
     points = torch.cat(given) if given else None
-    inside = _inside(target, choice, points, device)
-    if inside is not None and (choice == "structured" or target.dim > MANY_DIMS):
-        return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
+    inside = _inside(target, choice, points, device) if target.dim <= MANY_DIMS else None
     located = locate(target, start_points(target, points, device=device))
     if inside is not None and inside.variance < located.variance:
         return Starts((_on_structure(choice, inside, place),), located.modes, located.probes)
