@@ -2,7 +2,7 @@
 
 The many are a sparse linear recursion given the few: u_i − m_i = Σ_j B_ij (u_j − m_j) + s_i g_i(z_i), where j runs over
 the few parents of i in a fixed order; the precision's Cholesky factor, with the sparsity of its symbolic elimination,
-says B and s. m, B and log s are polynomials in the few, and g_i bends a normal into a skewed or heavier one.
+says B and s. m, B and log s are smooth functions of the few, and g_i bends a normal into a skewed or heavier one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
 
-REACH = 4.0  # sd of the few, from where the many follow them linearly: a polynomial left alone would run away
+REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
+BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
 TAIL_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
@@ -166,21 +167,23 @@ def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
 
 
 class Features(nn.Module):
-    """Products of orthonormal Hermite polynomials of t (\\*batch, d) -> (\\*batch, F); the first is 1.
+    """Smooth functions of t (\\*batch, d) -> (\\*batch, F), about orthonormal under t ~ N(0, I); the first is 1.
 
-    Under t ~ N(0, I) they are orthonormal, so that one learning rate suits all of their coefficients. In factors of
-    degree 2 and above t is bounded at REACH: far out all is linear, as the log of a scale is in that of another.
-    exponents: (F, d) whole numbers.
+    Functions of one coordinate are t, √(1 + t²) and Hermite polynomials of a bounded t: far out they are linear, with
+    slopes of their own on either side, as the log of a scale is in that of another. Products are of Hermite polynomials
+    of bounded t. exponents: (F, d) whole numbers, the degree in each coordinate.
     """
 
     def __init__(self, exponents: Tensor):
         super().__init__()
         exponents = torch.as_tensor(exponents, dtype=torch.long)
-        self.degree = int(exponents.max()) if exponents.numel() else 0
-        width = max(int((exponents > 0).sum(-1).max()), 1) if exponents.numel() else 1
+        self.degree = int(exponents.max())
+        width = max(int((exponents > 0).sum(-1).max()), 1)
         rows = []
         for row in exponents.tolist():  # of each product its factors, as columns of the table below; column 0 is 1
             factors = [1 + i * self.degree + power - 1 for i, power in enumerate(row) if power]
+            if len(factors) > 1:
+                factors = [column + exponents.shape[1] * self.degree for column in factors]
             rows.append(factors + [0] * (width - len(factors)))
         self.register_buffer("exponents", exponents)
         self.register_buffer("factors", torch.tensor(rows, dtype=torch.long), False)
@@ -189,12 +192,13 @@ class Features(nn.Module):
         return len(self.exponents)
 
     def forward(self, t: Tensor) -> Tensor:
-        linear, t = t, bounded(t, REACH)
-        powers = [torch.ones_like(t), t]
+        near = bounded(t, REACH)
+        powers = [torch.ones_like(t), near]
         for k in range(1, self.degree):  # He_{k+1} = t He_k − k He_{k−1}, each over √k!
-            powers.append((t * powers[k] - math.sqrt(k) * powers[k - 1]) / math.sqrt(k + 1))
-        powers[1] = linear
-        table = torch.cat([torch.ones_like(t[..., :1]), torch.stack(powers[1 : self.degree + 1], -1).flatten(-2)], -1)
+            powers.append((near * powers[k] - math.sqrt(k) * powers[k - 1]) / math.sqrt(k + 1))
+        alone = [t, ((1 + t * t).sqrt() - BOWL[0]) / BOWL[1], *powers[3:]][: self.degree]
+        columns = [torch.stack(each, -1).flatten(-2) for each in (alone, powers[1 : self.degree + 1])]
+        table = torch.cat([torch.ones_like(t[..., :1]), *columns], -1)
         found = table.index_select(-1, self.factors[:, 0])
         for k in range(1, self.factors.shape[1]):
             found = found * table.index_select(-1, self.factors[:, k])

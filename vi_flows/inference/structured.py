@@ -34,7 +34,6 @@ SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solution
 ETA_STEP = 1e-3  # of differences over the few
 PAIRS = 4  # of antithetic draws of the many for a bound
 WIDE = 1.25  # times the few's sds, of the points through which polynomials are laid
-WIDER = 2.0  # of a quarter of them: tails of scales
 RIDGE = 1e-3  # of the features' coefficients, as a share of the points
 EXTREME_SD = 1e6
 CHECKED = 400  # draws on which a start is looked at
@@ -232,8 +231,8 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     loc, tril = few.loc[0], few.scale_tril[0]
     features = Features(torch.tensor(monomials(dim, degree_of(dim))))
     count = max(4 * len(features), 64)
-    t = WIDE * torch.randn(count, dim).to(loc)
-    t[::4] *= WIDER / WIDE
+    wide = WIDE * torch.tensor([1.0, 1.0, 1.5, 2.5]).repeat(count // 4 + 1)[:count, None]
+    t = (wide * torch.randn(count, dim)).to(loc)
     t[0] = 0.0
     eta = loc + t @ tril.mT
     u, b, log_s = marginal.solve(eta)
@@ -245,12 +244,15 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     scaled = b * (unit[graph.parent] / unit[graph.child])
     good = torch.isfinite(u).all(-1)
     values = ((u - unit_loc) / unit, log_s - unit.log(), scaled)
-    layer.lay(*(_laid(phi[good], value[good]) for value in values))
+    weight = 1 / (1 + t[good].square().mean(-1))  # what is far out matters less, and is further from any polynomial
+    layer.lay(*(_laid(phi[good], value[good], weight) for value in values))
     return structured(layer)
 
 
-def _laid(phi: Tensor, values: Tensor) -> Tensor:
-    """Coefficients (F, m) of features (N, F) for values (N, m), by least squares with a ridge on all but the first."""
+def _laid(phi: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """Coefficients (F, m) of features (N, F) for values (N, m), by weighted least squares with a ridge on all but the
+    first."""
+    phi, values = weight.sqrt()[:, None] * phi, weight.sqrt()[:, None] * values
     ridge = RIDGE * len(phi) * torch.eye(phi.shape[1]).to(phi)
     ridge[0, 0] = 0.0
     return torch.linalg.solve(phi.mT @ phi + ridge, phi.mT @ values)
