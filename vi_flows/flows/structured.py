@@ -1,8 +1,9 @@
 """A conditional Gaussian of sparse precision: many coordinates whose mean and precision follow those of few.
 
-The many are a sparse linear recursion given the few: u_i − m_i = Σ_j B_ij (u_j − m_j) + s_i g_i(z_i), where j runs over
-the few parents of i in a fixed order; the precision's Cholesky factor, with the sparsity of its symbolic elimination,
-says B and s. m, B and log s are smooth functions of the few, and g_i bends a normal into a skewed or heavier one.
+The many are a sparse linear recursion given the few: each is a shift, plus slopes times its few parents in a fixed
+order, plus a scale times noise of its own. The Cholesky factor of the precision, with the sparsity of its symbolic
+elimination, says who the parents are. Shifts, slopes and log scales are smooth functions of the few, and the noise is a
+normal that is bent into a skewed or heavier one.
 """
 
 from __future__ import annotations
@@ -225,22 +226,25 @@ class Bent(Bijection):
 
 
 class Structured(Bijection):
-    """x from z = (t, z_1 … z_n): the few are loc + L t, the many the recursion of the module's docstring.
+    """x from z = (t, z_1 … z_n): the few are loc + L t, the many, in their units, the recursion
 
-    centre, log_scale (F, n), slope (F, E): coefficients of the features; lean, bend (n,): of g. Units: the many are
-    unit_loc + unit · u, (n,) each.
+        u_i = a_i + s_i c_i(t) + Σ_j (B_ij + s_i C_ij(t)) u_j + s_i g_i(z_i),
+
+    with log s_i, c_i and C_ij linear in the features of t.
+
+    Where a scale falls toward 0 so does s, and what is left, a and B, is constant: errors of c and C count in units of
+    s, however small that is.
     """
 
     def __init__(self, layer: StructuredLayer):
         self.layer, self.graph, self.bent = layer, layer.graph, Bent(layer.lean, layer.bend)
 
     def _given(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        phi = self.layer.features(t)
-        return (
-            phi @ (RATE * self.layer.centre),
-            bounded(phi @ (RATE * self.layer.log_scale), LOG_SCALE),
-            phi @ (RATE * self.layer.slope),
-        )
+        """The shift c, log s, and all of the slope."""
+        phi = RATE * self.layer.features(t)
+        log_scale = bounded(phi @ self.layer.log_scale, LOG_SCALE)
+        slope = (phi @ self.layer.slope) * log_scale.exp().index_select(-1, self.graph.child)
+        return phi @ self.layer.shift, log_scale, self.layer.slope_at_0 + slope
 
     def _constant(self) -> Tensor:
         return self.layer.tril.diagonal().log().sum() + self.layer.unit.log().sum()
@@ -248,18 +252,18 @@ class Structured(Bijection):
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         few = len(self.graph.few)
         t, noise = z[..., :few], z[..., few:]
-        centre, log_scale, slope = self._given(t)
+        shift, log_scale, slope = self._given(t)
         bent, logdet = self.bent.forward_and_logdet(noise)
-        u = centre + self.graph.solve(slope, bent * log_scale.exp())
+        u = self.graph.solve(slope, self.layer.shift_at_0 + (shift + bent) * log_scale.exp())
         u = self.layer.unit_loc + self.layer.unit * u
         x = torch.cat([self.layer.loc + matvec(self.layer.tril, t), u], -1).index_select(-1, self.graph.back)
         return x, logdet + log_scale.sum(-1) + self._constant()
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         t = solve_triangular(self.layer.tril, x.index_select(-1, self.graph.few) - self.layer.loc, upper=False)
-        centre, log_scale, slope = self._given(t)
+        shift, log_scale, slope = self._given(t)
         u = (x.index_select(-1, self.graph.many) - self.layer.unit_loc) / self.layer.unit
-        bent = self.graph.residual(slope, u - centre) * (-log_scale).exp()
+        bent = (self.graph.residual(slope, u) - self.layer.shift_at_0) * (-log_scale).exp() - shift
         noise, logdet = self.bent.inverse_and_logdet(bent)
         return torch.cat([t, noise], -1), logdet - log_scale.sum(-1) - self._constant()
 
@@ -278,21 +282,40 @@ class StructuredLayer(Layer):
         self.graph, self.features = graph, features
         for name, value in (("loc", loc), ("tril", tril), ("unit_loc", unit_loc), ("unit", unit)):
             self.register_buffer(name, value.clone())
-        count, n = len(features), len(graph.many)
-        like = {"dtype": loc.dtype, "device": loc.device}
-        self.centre = nn.Parameter(torch.zeros(count, n, **like))
-        self.log_scale = nn.Parameter(torch.zeros(count, n, **like))
-        self.slope = nn.Parameter(torch.zeros(count, len(graph.child), **like))
-        self.lean, self.bend = nn.Parameter(torch.zeros(n, **like)), nn.Parameter(torch.zeros(n, **like))
+        count, n, entries = len(features), len(graph.many), len(graph.child)
+        shapes = {"shift": (count, n), "log_scale": (count, n), "slope": (count, entries)}
+        for name, shape in (
+            shapes | {"shift_at_0": (n,), "slope_at_0": (entries,), "lean": (n,), "bend": (n,)}
+        ).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=loc.dtype, device=loc.device)))
 
     @torch.no_grad()
-    def lay(self, centre: Tensor, log_scale: Tensor, slope: Tensor) -> None:
-        """Begin at these coefficients, (F, n), (F, n) and (F, E)."""
-        for own, value in ((self.centre, centre), (self.log_scale, log_scale), (self.slope, slope)):
-            own.copy_(value / RATE)
+    def lay(self, t: Tensor, shift: Tensor, log_scale: Tensor, slope: Tensor, weight: Tensor, ridge: float) -> None:
+        """Begin at the least-squares fit to a (N, n), log s (N, n) and B (N, E) at t (N, d), weighted (N,); of a and B
+        in units of s. The ridge, as a share of the weights, is on all coefficients but those of 1."""
+        phi = self.features(t)
+        self.log_scale.copy_(laid(phi, log_scale.mT[..., None], weight, ridge)[..., 0].mT / RATE)
+        scale = bounded(RATE * phi @ self.log_scale, LOG_SCALE).exp()
+        for own, at_0, value, unit in (
+            (self.shift, self.shift_at_0, shift, scale),
+            (self.slope, self.slope_at_0, slope, scale.index_select(-1, self.graph.child)),
+        ):
+            if value.shape[-1]:
+                with_0 = torch.cat([phi.expand(value.shape[-1], -1, -1), 1 / unit.mT[..., None]], -1)
+                found = laid(with_0, (value / unit).mT[..., None], weight, ridge)[..., 0].mT
+                own.copy_(found[:-1] / RATE)
+                at_0.copy_(found[-1])
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return Structured(self)
+
+
+def laid(phi: Tensor, values: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """Coefficients (..., F, m) of features (..., N, F), the first of them 1, for values (..., N, m)."""
+    weighted = phi * weight[:, None]
+    size = ridge * weight.sum() * torch.ones(phi.shape[-1]).to(phi)
+    size[0] = 1e-9 * weight.sum()
+    return torch.linalg.solve(weighted.mT @ phi + torch.diag(size), weighted.mT @ values)
 
 
 def structured(layer: StructuredLayer) -> Flow:

@@ -237,25 +237,14 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     eta = loc + t @ tril.mT
     u, b, log_s = marginal.solve(eta)
     u, b, log_s = inside.variational(eta, u, b, log_s, PAIRS, 4)
-    phi = features(t)
-    unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
     graph = inside.graph
+    unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
     layer = StructuredLayer(graph, features, loc, tril, unit_loc * inside.unit, unit * inside.unit)
-    scaled = b * (unit[graph.parent] / unit[graph.child])
     good = torch.isfinite(u).all(-1)
-    values = ((u - unit_loc) / unit, log_s - unit.log(), scaled)
-    weight = 1 / (1 + t[good].square().mean(-1))  # what is far out matters less, and is further from any polynomial
-    layer.lay(*(_laid(phi[good], value[good], weight) for value in values))
+    u, slope = ((u - unit_loc) / unit)[good], (b * (unit[graph.parent] / unit[graph.child]))[good]
+    weight = 1 / (1 + t[good].square().mean(-1))  # what is far out matters less, and is harder to follow
+    layer.lay(t[good], graph.residual(slope, u), (log_s - unit.log())[good], slope, weight, RIDGE)
     return structured(layer)
-
-
-def _laid(phi: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Coefficients (F, m) of features (N, F) for values (N, m), by weighted least squares with a ridge on all but the
-    first."""
-    phi, values = weight.sqrt()[:, None] * phi, weight.sqrt()[:, None] * values
-    ridge = RIDGE * len(phi) * torch.eye(phi.shape[1]).to(phi)
-    ridge[0, 0] = 0.0
-    return torch.linalg.solve(phi.mT @ phi + ridge, phi.mT @ values)
 
 
 @dataclass(frozen=True)
