@@ -114,7 +114,7 @@ def test_features_are_what_their_exponents_say():
     t = torch.linspace(-2, 2, 14, dtype=torch.float64).reshape(7, 2)
     first, second = (3 * torch.tanh(t / 3)).unbind(-1)
     exact = {(0, 0): 0 * first + 1, (1, 0): t[:, 0], (1, 1): first * second, (3, 0): (first**3 - 3 * first) / 6**0.5}
-    exact |= {(2, 1): (first**2 - 1) / 2**0.5 * second, (0, 2): ((1 + t[:, 1] ** 2).sqrt() - 1.3549) / 0.4045}
+    exact |= {(2, 1): (first**2 - 1) / 2**0.5 * second, (0, 2): ((1 + t[:, 1] ** 2).sqrt() - 1.3545) / 0.4065}
     exponents = [tuple(row) for row in features.exponents.tolist()]
     assert len(exponents) == len(set(exponents)) == 10
     for powers, value in exact.items():
