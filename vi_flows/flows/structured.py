@@ -168,11 +168,11 @@ def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
 
 
 class Features(nn.Module):
-    """Smooth functions of t (\\*batch, d) -> (\\*batch, F), about orthonormal under t ~ N(0, I); the first is 1.
+    """Smooth functions of t (\\*batch, d) -> twice (\\*batch, F), about orthonormal under t ~ N(0, I); the first is 1.
 
-    Functions of one coordinate are t, √(1 + t²) and Hermite polynomials of a bounded t: far out they are linear, with
-    slopes of their own on either side, as the log of a scale is in that of another. Products are of Hermite polynomials
-    of bounded t. exponents: (F, d) whole numbers, the degree in each coordinate.
+    The first F are products of Hermite polynomials of t bounded at REACH: far out they stay as they are. In the second
+    F those of t and t² alone are t and √(1 + t²): far out these are linear, with a slope on either side, as the log of
+    one scale is in that of another. exponents: (F, d) whole numbers, the degrees.
     """
 
     def __init__(self, exponents: Tensor):
@@ -180,30 +180,30 @@ class Features(nn.Module):
         exponents = torch.as_tensor(exponents, dtype=torch.long)
         self.degree = int(exponents.max())
         width = max(int((exponents > 0).sum(-1).max()), 1)
-        rows = []
+        near, far = [], []
         for row in exponents.tolist():  # of each product its factors, as columns of the table below; column 0 is 1
             factors = [1 + i * self.degree + power - 1 for i, power in enumerate(row) if power]
-            if len(factors) > 1:
-                factors = [column + exponents.shape[1] * self.degree for column in factors]
-            rows.append(factors + [0] * (width - len(factors)))
+            near.append(factors + [0] * (width - len(factors)))
+            alone = len(factors) == 1 and sum(row) <= 2
+            far.append([near[-1][0] + exponents.shape[1] * self.degree, *near[-1][1:]] if alone else near[-1])
         self.register_buffer("exponents", exponents)
-        self.register_buffer("factors", torch.tensor(rows, dtype=torch.long), False)
+        self.register_buffer("factors", torch.tensor([*near, *far], dtype=torch.long), False)
 
     def __len__(self) -> int:
         return len(self.exponents)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         near = bounded(t, REACH)
         powers = [torch.ones_like(t), near]
         for k in range(1, self.degree):  # He_{k+1} = t He_k − k He_{k−1}, each over √k!
             powers.append((near * powers[k] - math.sqrt(k) * powers[k - 1]) / math.sqrt(k + 1))
-        alone = [t, ((1 + t * t).sqrt() - BOWL[0]) / BOWL[1], *powers[3:]][: self.degree]
-        columns = [torch.stack(each, -1).flatten(-2) for each in (alone, powers[1 : self.degree + 1])]
+        far = [t, ((1 + t * t).sqrt() - BOWL[0]) / BOWL[1], *powers[3:]][: self.degree]
+        columns = [torch.stack(each, -1).flatten(-2) for each in (powers[1 : self.degree + 1], far)]
         table = torch.cat([torch.ones_like(t[..., :1]), *columns], -1)
         found = table.index_select(-1, self.factors[:, 0])
         for k in range(1, self.factors.shape[1]):
             found = found * table.index_select(-1, self.factors[:, k])
-        return found
+        return found[..., : len(self)], found[..., len(self) :]
 
 
 class Bent(Bijection):
@@ -230,7 +230,7 @@ class Structured(Bijection):
 
         u_i = a_i + s_i c_i(t) + Σ_j (B_ij + s_i C_ij(t)) u_j + s_i g_i(z_i),
 
-    with log s_i, c_i and C_ij linear in the features of t.
+    with log s_i, c_i and C_ij linear in the features of t, those of log s in the second ones.
 
     Where a scale falls toward 0 so does s, and what is left, a and B, is constant: errors of c and C count in units of
     s, however small that is.
@@ -241,8 +241,9 @@ class Structured(Bijection):
 
     def _given(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The shift c, log s, and all of the slope."""
-        phi = RATE * self.layer.features(t)
-        log_scale = bounded(phi @ self.layer.log_scale, LOG_SCALE)
+        near, far = self.layer.features(t)
+        phi = RATE * near
+        log_scale = bounded(RATE * far @ self.layer.log_scale, LOG_SCALE)
         slope = (phi @ self.layer.slope) * log_scale.exp().index_select(-1, self.graph.child)
         return phi @ self.layer.shift, log_scale, self.layer.slope_at_0 + slope
 
@@ -293,9 +294,9 @@ class StructuredLayer(Layer):
     def lay(self, t: Tensor, shift: Tensor, log_scale: Tensor, slope: Tensor, weight: Tensor, ridge: float) -> None:
         """Begin at the least-squares fit to a (N, n), log s (N, n) and B (N, E) at t (N, d), weighted (N,); of a and B
         in units of s. The ridge, as a share of the weights, is on all coefficients but those of 1."""
-        phi = self.features(t)
-        self.log_scale.copy_(laid(phi, log_scale.mT[..., None], weight, ridge)[..., 0].mT / RATE)
-        scale = bounded(RATE * phi @ self.log_scale, LOG_SCALE).exp()
+        phi, far = self.features(t)
+        self.log_scale.copy_(laid(far, log_scale, weight, ridge) / RATE)
+        scale = bounded(RATE * far @ self.log_scale, LOG_SCALE).exp()
         for own, at_0, value, unit in (
             (self.shift, self.shift_at_0, shift, scale),
             (self.slope, self.slope_at_0, slope, scale.index_select(-1, self.graph.child)),
