@@ -239,7 +239,7 @@ def test_a_start_is_all_but_exact_for_a_gaussian_hierarchy():
     target = vf.PyroModel(model)
     found = locate_structured(target)
     assert found.variance < 0.5 and len(found.probes) > 5
-    weights = log_weights(found.flow, target, 2000)
+    weights = log_weights(found.flow.requires_grad_(False), target, 2000)
     assert abs(float(weights.log_w.logsumexp(0)) - math.log(2000) - log_z) < 0.03
     assert log_z - 0.2 < float(weights.log_w.median()) < log_z + 0.2
     near = like(found.flow)
@@ -248,7 +248,7 @@ def test_a_start_is_all_but_exact_for_a_gaussian_hierarchy():
 
 
 def test_a_fit_of_a_centred_hierarchy(tmp_path):
-    model, each, log_tau = hierarchy(120)
+    model, each, log_tau = hierarchy(40)
     log_z = float(each.logsumexp(0) + (log_tau[1] - log_tau[0]).log())
     posterior = vf.fit(model, flow="structured", progress=False)
     assert posterior.verdict.status in ("reliable", "corrected")
