@@ -20,6 +20,7 @@ from ..flows.bases import Mixture
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
+from ..flows.structured import rebuilt
 from ..targets.target import Target
 from .gaussian import Gaussians
 from .judge import Check, Verdict
@@ -159,6 +160,8 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _rebuild(recipe: str | None, dim: int, state: dict[str, Tensor], flow: Flow | None) -> Flow | None:
     """The fitted flow: the recipe (or the given flow) with the whitening on top, its tensors from the file."""
+    if recipe == "structured" and state:
+        return rebuilt(state).requires_grad_(False)
     if recipe is not None and recipe in recipes.__all__:
         base = Mixture(state["base.loc"], weights=state["base.weights"]) if "base.loc" in state else None
         flow = getattr(recipes, recipe)(dim, base=base)

@@ -28,7 +28,7 @@ from .posterior import Posterior, is_model, seeded
 from .progress import Progress
 from .propriety import IMPROPER, improper
 from .psis import import_arviz
-from .start import FlowChoice, Start, Starts, init_points, starts
+from .start import FlowChoice, Start, Starts, init_points, outright, starts
 from .training import DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
@@ -195,8 +195,10 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     clock = Clock(options.max_seconds)
     bar.stage("locating")
     with clock.ending("locating", LOCATING_SHARE):
-        target, near, centring = _centred(target, options)
-        found = starts(target, choice, options.init, options.device, near)
+        found, centring = outright(target, choice, options.init, options.device), ""
+        if found is None:
+            target, near, centring = _centred(target, options)
+            found = starts(target, choice, options.init, options.device, near)
     clock.lap("locating")
     judging = _forecast(found, target, options, bar) if bar.shown or options.max_seconds is not None else 0.0
     best = _best(target, found, options, clock, clock.training_share(judging), bar)

@@ -23,7 +23,7 @@ from .weights import Weights, effective_sample_size, in_blocks, log_mean, log_me
 
 REPEATS = 5
 FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
-FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 100_000_000  # that these may take, from LEAST draws on: 0.4 and 0.8 GB
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST draws on: 0.4 and 0.5 GB
 LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
 QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
 PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may

@@ -17,12 +17,14 @@ from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target
 from .gaussian import Gaussians
-from .initialise import DENSE_DIMS, Located, locate, start_points
+from .initialise import DENSE_DIMS, MANY_DIMS, Located, locate, start_points
 from .mixture import whitened
 from .posterior import Posterior, is_model
 from .scoring import as_flow
+from .structured import LEAST_DIM, Inside, locate_structured
 
 FlowChoice = str | Flow | Callable[[int], Flow]
+PAYS = 30.0  # variance of a structured start's log-weights, from where training is not trusted to mend it
 EVEN = 3e-4  # variance of log-weights below which "auto" takes no flow: at .002 a normal's tails still cost k̂ .7
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
@@ -46,6 +48,18 @@ class Starts:
     probes: Gaussians | None = None
 
 
+def outright(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts | None:
+    """A structured start where that is asked for, or, of very many coordinates, where it pays: then nothing else is
+    located, nor centred, for it follows necks as the model is written."""
+    if isinstance(init, Posterior) or callable(init) or not (choice == "structured" or target.dim > MANY_DIMS):
+        return None
+    inside = _inside(target, choice, init_points(target, init), device)
+    if inside is None:
+        return None
+    place = {"device": device, "dtype": torch.float64}
+    return Starts((_on_structure(choice, inside, place),), inside.near, inside.probes)
+
+
 def starts(
     target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None, near: Tensor | None = None
 ) -> Starts:
@@ -58,11 +72,37 @@ def starts(
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
     given = [points for points in (init_points(target, init), near) if points is not None]
-    located = locate(target, start_points(target, torch.cat(given) if given else None, device=device))
+    points = torch.cat(given) if given else None
+    inside = _inside(target, choice, points, device) if target.dim <= MANY_DIMS else None
+    located = locate(target, start_points(target, points, device=device))
+    if inside is not None and inside.variance < located.variance:
+        return Starts((_on_structure(choice, inside, place),), located.modes, located.probes)
     flows = [_on_gaussian(choice, located, place)]
     if located.mixture is not None and isinstance(choice, str) and choice not in UNIMODAL:
         flows.insert(0, _on_mixture(choice, located, place))
     return Starts(tuple(flows), located.modes, located.probes)
+
+
+def _inside(target: Target, choice: FlowChoice, points: Tensor | None, device: Any) -> Inside | None:
+    """A structured start, if it is asked for, or if the flow is ours to choose and its log-weights say that it pays."""
+    if choice == "structured":
+        found = locate_structured(target, points)
+        if found is None:
+            expected = 'flow: "structured" needs few coordinates on which the curvature of many others hangs'
+            raise ValueError(f"{expected}, found none among {target.dim}; take another flow")
+        return found
+    if choice != "auto" or device not in (None, "cpu") or target.dim < LEAST_DIM:
+        return None
+    found = locate_structured(target, points)
+    return found if found is not None and found.variance < PAYS else None
+
+
+def _on_structure(choice: FlowChoice, inside: Inside, place: dict[str, Any]) -> Start:
+    few, many = len(inside.flow.layers[1].graph.few), len(inside.flow.layers[1].graph.many)
+    how = f"structured flow: {many} coordinates Gaussian, with a sparse precision, given {few}"
+    if choice == "auto":
+        how += f", chosen as its log-weights vary little (variance {inside.variance:.2g}, limit {PAYS:g})"
+    return Start(inside.flow.to(**place), how, "structured")
 
 
 def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:
