@@ -252,7 +252,7 @@ def test_a_hierarchy_s_evidence_is_its_integral():
     at = q.sample((200_000,))
     variance = at[:, 1:].exp().square() + target.noise.square()
     log_y = torch.distributions.Normal(at[:, :1], variance.sqrt()).log_prob(target.y).sum(-1)
-    prior = torch.distributions.Normal(0.0, 5.0).log_prob(at[:, 0]) + target.prior.log_prob(at[:, 1].exp()) + at[:, 1]
+    prior = torch.distributions.Normal(0.0, 5.0).log_prob(at[:, 0]) + target.scale_prior.log_prob(at[:, 1].exp()) + at[:, 1]
     log_w = log_y + prior - q.log_prob(at)
     assert abs(float(log_w.logsumexp(0)) - math.log(len(at)) - target.log_evidence) < 0.02
 
@@ -277,3 +277,9 @@ def test_program_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("--only", "cauchy")
     assert "--only: expected part of one of normal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["neck", "neck_model"])
+def test_a_hierarchy_is_measured(kind):
+    row = measure(known_target(kind, 7))
+    assert row.status in ("reliable", "corrected") and row.right, row

@@ -37,7 +37,7 @@ class Hierarchy(KnownDensity):
 
     def __init__(self, y: Tensor, noise: Tensor, prior: str, scale: float, kind: str, seed: int) -> None:
         self.y, self.noise, self.kind, self.seed = y, noise, kind, seed
-        self.prior = PRIORS[prior](torch.tensor(scale, dtype=torch.float64))
+        self.scale_prior = PRIORS[prior](torch.tensor(scale, dtype=torch.float64))
         self.log_tau = self._log_joint_of_tau()
         self.log_evidence = float(self.log_tau.logsumexp(0)) + math.log(float(LOG_TAU[1] - LOG_TAU[0]))
         words = f"{len(y)} groups, {prior} of scale {scale:.2f}"
@@ -53,7 +53,7 @@ class Hierarchy(KnownDensity):
 
     def model(self) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, MU_SD))
-        tau = pyro.sample("tau", self.prior)
+        tau = pyro.sample("tau", self.scale_prior)
         with pyro.plate("groups", len(self.y)):
             theta = pyro.sample("theta", dist.Normal(mu, tau))
             pyro.sample("y", dist.Normal(theta, self.noise), obs=self.y)
@@ -67,7 +67,7 @@ class Hierarchy(KnownDensity):
 
     def _log_p(self, x: Tensor) -> Tensor:
         mu, tau, theta = x[:, 0], x[:, 1].exp(), x[:, 2:]
-        prior = dist.Normal(0.0, MU_SD).log_prob(mu) + self.prior.log_prob(tau) + x[:, 1]
+        prior = dist.Normal(0.0, MU_SD).log_prob(mu) + self.scale_prior.log_prob(tau) + x[:, 1]
         effects = dist.Normal(mu[:, None], tau[:, None]).log_prob(theta).sum(-1)
         return prior + effects + dist.Normal(theta, self.noise).log_prob(self.y).sum(-1) - self.log_evidence
 
@@ -83,7 +83,7 @@ class Hierarchy(KnownDensity):
         precision, mean = self._given(tau)
         variance = tau[:, None].square() + self.noise.square()
         log_y = dist.Normal(0.0, variance.sqrt()).log_prob(self.y).sum(-1) + 0.5 * precision * mean.square()
-        return log_y - 0.5 * precision.log() - MU_SD.log() + self.prior.log_prob(tau) + LOG_TAU
+        return log_y - 0.5 * precision.log() - MU_SD.log() + self.scale_prior.log_prob(tau) + LOG_TAU
 
     def _draw(self, n: int, generator: Generator) -> Tensor:
         step = float(LOG_TAU[1] - LOG_TAU[0])
