@@ -231,7 +231,7 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     inside, dim = marginal.conditional, marginal.dim
     loc, tril = few.loc[0], few.scale_tril[0]
     features = Features(torch.tensor(monomials(dim, degree_of(dim))))
-    count = max(4 * len(features), 64)
+    count = max(8 * len(features), 96)
     wide = torch.tensor(WIDE).repeat(count // len(WIDE) + 1)[:count, None]
     t = (wide * torch.randn(count, dim)).to(loc)
     t[0] = 0.0
