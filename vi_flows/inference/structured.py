@@ -28,12 +28,13 @@ MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
 STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
-WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 2, 5.0  # draws for each of the few, rounds of them
+WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 3, 5.0  # draws for each of the few, rounds of them
 NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
 SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
 ETA_STEP = 1e-3  # of differences over the few
 PAIRS = 4  # of antithetic draws of the many for a bound
-WIDE = 1.25  # times the few's sds, of the points through which polynomials are laid
+WIDE = (1.25, 1.25, 2.0, 4.0)  # times the few's sds, of the points through which functions of them are laid, in turn
+TEMPER, LEAST = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
 RIDGE = 1e-3  # of the features' coefficients, as a share of the points
 EXTREME_SD = 1e6
 CHECKED = 400  # draws on which a start is looked at
@@ -127,10 +128,10 @@ class Marginal:
 
     def value_and_grad(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         u, b, log_s = self.solve(eta)
-        value = self._at(eta, u)
+        value = self.at(eta, u)
         grad = []
         for move in ETA_STEP * torch.eye(self.dim).to(eta):
-            ahead, behind = (self._at(eta + v, self._followed(eta + v, u, b, log_s)) for v in (move, -move))
+            ahead, behind = (self.at(eta + v, self._followed(eta + v, u, b, log_s)) for v in (move, -move))
             grad.append((ahead - behind) / (2 * ETA_STEP))
         grad = torch.stack(grad, -1)
         good = value.isfinite() & grad.isfinite().all(-1)
@@ -140,7 +141,7 @@ class Marginal:
         """The maximum at a close η, to first order."""
         return u + self.conditional.newton_step(b, log_s, self.conditional.gradients(eta, u)[1])
 
-    def _at(self, eta: Tensor, u: Tensor) -> Tensor:
+    def at(self, eta: Tensor, u: Tensor) -> Tensor:
         inside = self.conditional
         log_s = inside.factor(*inside.precision(eta, u[:, None]))[1]
         scale = log_s.sum(-1) + inside.unit.log().sum() + 0.5 * inside.n * math.log(2 * math.pi)
@@ -149,7 +150,7 @@ class Marginal:
     def log_prob(self, eta: Tensor) -> Tensor:
         if eta.requires_grad:
             return _Bound.apply(eta, self)
-        return self._at(eta, self.solve(eta)[0])
+        return self.at(eta, self.solve(eta)[0])
 
     def constrain(self, eta: Tensor) -> dict[str, Tensor]:
         return {"eta": eta}
@@ -230,20 +231,21 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     inside, dim = marginal.conditional, marginal.dim
     loc, tril = few.loc[0], few.scale_tril[0]
     features = Features(torch.tensor(monomials(dim, degree_of(dim))))
-    count = max(4 * len(features), 64)
-    wide = WIDE * torch.tensor([1.0, 1.0, 1.5, 2.5]).repeat(count // 4 + 1)[:count, None]
+    count = max(8 * len(features), 96)
+    wide = torch.tensor(WIDE).repeat(count // len(WIDE) + 1)[:count, None]
     t = (wide * torch.randn(count, dim)).to(loc)
     t[0] = 0.0
     eta = loc + t @ tril.mT
     u, b, log_s = marginal.solve(eta)
+    height = marginal.at(eta, u).nan_to_num(nan=-math.inf)
+    weight = (TEMPER * (height - height.max())).exp().clamp_min(LEAST)  # far out it matters where mass goes on
     u, b, log_s = inside.variational(eta, u, b, log_s, PAIRS, 4)
     graph = inside.graph
     unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
     layer = StructuredLayer(graph, features, loc, tril, unit_loc * inside.unit, unit * inside.unit)
     good = torch.isfinite(u).all(-1)
     u, slope = ((u - unit_loc) / unit)[good], (b * (unit[graph.parent] / unit[graph.child]))[good]
-    weight = 1 / (1 + t[good].square().mean(-1))  # what is far out matters less, and is harder to follow
-    layer.lay(t[good], graph.residual(slope, u), (log_s - unit.log())[good], slope, weight, RIDGE)
+    layer.lay(t[good], graph.residual(slope, u), (log_s - unit.log())[good], slope, weight[good], RIDGE)
     return structured(layer)
 
 
