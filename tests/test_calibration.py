@@ -252,7 +252,9 @@ def test_a_hierarchy_s_evidence_is_its_integral():
     at = q.sample((200_000,))
     variance = at[:, 1:].exp().square() + target.noise.square()
     log_y = torch.distributions.Normal(at[:, :1], variance.sqrt()).log_prob(target.y).sum(-1)
-    prior = torch.distributions.Normal(0.0, 5.0).log_prob(at[:, 0]) + target.scale_prior.log_prob(at[:, 1].exp()) + at[:, 1]
+    prior = (
+        torch.distributions.Normal(0.0, 5.0).log_prob(at[:, 0]) + target.scale_prior.log_prob(at[:, 1].exp()) + at[:, 1]
+    )
     log_w = log_y + prior - q.log_prob(at)
     assert abs(float(log_w.logsumexp(0)) - math.log(len(at)) - target.log_evidence) < 0.02
 

@@ -13,7 +13,8 @@ import vi_flows as vf
 from vi_flows.inference.centring import choose_centring, learned
 from vi_flows.inference.gaussian import Gaussians
 from vi_flows.inference.necks import funnels, necks
-from vi_flows.inference.weights import Weights
+from vi_flows.inference.scoring import as_flow
+from vi_flows.inference.weights import Weights, mean_elbo
 from vi_flows.targets import LogDensity, PyroModel
 from vi_flows.testing.calibration import draw_errors, known_target
 from vi_flows.testing.hierarchies import Hierarchy
@@ -232,3 +233,36 @@ def test_nothing_is_moved_where_nothing_scales():
     x = torch.randn(5000, 3, dtype=torch.float64)
     even = torch.zeros(5000, dtype=torch.float64)
     assert necks(LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=3), Weights(x, even, even)) == []
+
+
+def test_a_guide_works_in_coordinates_of_its_own():
+    """An AutoFlow of a centred hierarchy: its sites are the model's, log q of a draw is that of its own coordinates
+    less the way to the model's, and against the model as written its ELBO is next to the evidence."""
+    pyro.clear_param_store()
+    hierarchy = known_target("neck_model", 3)
+    guide = vf.AutoFlow(hierarchy.model, "gaussian", dtype=torch.float64)
+    assert guide.flow.layers[-1].bijection.target.degrees
+    draws = guide.draws(20_000)
+    exact = hierarchy.draws(40_000)
+    assert draws["theta"].shape == (20_000, hierarchy.dim - 2)
+    off = (hierarchy.points(draws).mean(0) - exact.mean(0)).abs() / exact.std(0)
+    assert float(off.max()) < 0.2  # a Gaussian, in coordinates where it nearly fits
+    x = hierarchy.points(draws)[:6]
+    log_q = guide.get_posterior().log_prob(x)
+    own, logdet = guide.flow.layers[-1].bijection.inverse_and_logdet(x)
+    plain = vf.Flow(list(guide.flow.layers)[:-1], guide.flow.base)
+    assert torch.allclose(log_q, plain().log_prob(own) + logdet)
+    target = PyroModel(hierarchy.model)
+    elbo = mean_elbo(vf.log_weights(as_flow(guide, target), target, 4000).log_w)
+    assert hierarchy.log_evidence - 0.5 < elbo < hierarchy.log_evidence + 0.02
+    written = vf.AutoFlow(hierarchy.model, "gaussian", reparam=False, name="written")
+    assert len(written.flow.layers) == len(guide.flow.layers) - 1
+
+
+def test_a_posterior_becomes_a_guide_in_the_model_s_coordinates():
+    pyro.clear_param_store()
+    hierarchy = known_target("neck_model", 3)
+    posterior = vf.fit(hierarchy.model, flow="gaussian", steps=20, progress=False)
+    guide = vf.AutoFlow(hierarchy.model, posterior, dtype=torch.float64)
+    drawn = hierarchy.points(guide.draws(20_000)).mean(0)
+    assert torch.allclose(drawn, hierarchy.points(posterior.sample(20_000, weighted=False, seed=0)).mean(0), atol=0.05)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,17 +12,12 @@ from torch.utils._pytree import tree_map
 
 from .capture import WAIT, Captured
 from .pyro_centring import Centring, Frame
+from .pyro_modes import choose_mode
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
-from .pyro_sites import Layout, Site, account, inspect_model
+from .pyro_sites import Site, account, inspect_model
 from .values import believed
 
-TRIAL_SCALE = 0.5
-NEAR_TRIALS, PRIOR_TRIALS = 5, 2
 BLOCK = 4096
-AGREES = "agrees with single evaluations"
-ROWS_OF_A_FIT = 600_000  # gradients, about, by which a loop's time is foretold: 1,500 steps of 256, and what is around
-# vmap against single evaluations, relative: above the rounding of an ill-conditioned Cholesky, below a wrong shape
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 class PyroModel:
@@ -66,7 +58,7 @@ class PyroModel:
         model, args, kwargs = self._call
         with seeded(0):
             self._run = ModelRun(model, args, kwargs, dtype, device)
-            layout = _describe(self._run)
+            layout = inspect_model(self._run)
             self.dtype = dtype
             self.device = None if device is None else torch.device(device)
             self.nonfinite = "skip"
@@ -85,7 +77,7 @@ class PyroModel:
             self.deterministic = list(layout.deterministic)
             self._captured = Captured(self._evaluate)
             self.mode, self.mode_reason = "loop", ""
-            self._choose_mode()
+            choose_mode(self)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PyroModel:
         """The same model with its arguments in another dtype or on another device."""
@@ -124,7 +116,7 @@ class PyroModel:
         other._captured = Captured(other._evaluate)
         if self.mode == "vmap":
             with seeded(0):
-                other._choose_mode()
+                choose_mode(other)
         return other
 
     def scales(self) -> list[int]:
@@ -351,88 +343,11 @@ class PyroModel:
         like = next(iter(values.values()))
         return {name: like.new_full((1, *shape), torch.nan) for name, shape in self._computed().items()}
 
-    def _choose_mode(self) -> None:
-        """The first of vmap and particle plate that agrees with single evaluations; else the loop, with a warning."""
-        with torch.no_grad(), self._run.settings():
-            values, singles = self._trial()
-            reasons: dict[str, str] = {}
-            for self.mode, self._run.fills in (("vmap", False), ("vmap", True), ("plate", False)):
-                try:
-                    batch = self._log_joint(values)
-                except Exception as error:  # anything may come out of a model that was not written for it
-                    reasons.setdefault(self.mode, f"{self.mode}: {first_line(error)}")
-                    continue
-                tolerance = AGREEMENT[self.dtype]
-                if torch.allclose(batch, singles, rtol=tolerance, atol=tolerance, equal_nan=True):
-                    filled = f"{AGREES}; tensors that it fills join the batch"
-                    self.mode_reason = filled if self._run.fills else "; ".join(reasons.values()) or AGREES
-                    return
-                reasons.setdefault(self.mode, f"{self.mode}: differs from single evaluations")
-            self.mode, self.mode_reason = "loop", "; ".join(reasons.values())
-            seconds = self._seconds_a_row(values)
-        warnings.warn(
-            f"PyroModel: evaluating row by row, {1e3 * seconds:.2g} ms each, so that a default fit takes some "
-            f"{max(seconds * ROWS_OF_A_FIT / 60, 1):.0f} minutes ({self.mode_reason}); write what vmap refuses as "
-            "operations on whole tensors, or pass max_seconds= (or fewer steps=, particles=)",
-            stacklevel=4,
-        )
-
-    def _seconds_a_row(self, values: Values) -> float:
-        """The time that log p of one row takes, with its gradient, over the rows of values."""
-        values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-        began = time.perf_counter()
-        with torch.enable_grad(), contextlib.suppress(Exception):  # what cannot be differentiated is refused later
-            torch.autograd.grad(self._log_joint(values).sum(), list(values.values()), allow_unused=True)
-        return (time.perf_counter() - began) / len(next(iter(values.values())))
-
-    def _trial(self) -> tuple[Values, Tensor]:
-        """Latent values at a few points and their log p one by one; refuses a model that is random at fixed values."""
-        near, drawn = TRIAL_SCALE * torch.randn(NEAR_TRIALS, self.dim), self.prior(PRIOR_TRIALS)
-        x = torch.cat([near.to(drawn), drawn])
-        values, _ = self._transform(x)
-        kept, singles, error = [], [], None
-        for i in range(len(x)):
-            row = {k: v[i] for k, v in values.items()}
-            try:
-                singles.append(self._run.log_joint(row))
-            except NUMERICAL as caught:
-                error = caught
-                continue
-            kept.append(i)
-            if len(kept) == 1:
-                self._check_repeatable(singles[0], self._run.log_joint(row))
-        if not kept:
-            raise ValueError(
-                f"model: expected a log density at {len(x)} trial points, got {first_line(error)} at each"
-            ) from error
-        return {k: v[kept] for k, v in values.items()}, torch.stack(singles)
-
-    def _check_repeatable(self, a: Tensor, b: Tensor) -> None:
-        if not torch.allclose(a, b, rtol=1e-4 if self.dtype == torch.float32 else 1e-9, atol=0.0, equal_nan=True):
-            raise ValueError(
-                f"model: expected the same log density at the same values, got {float(a):.6g} and {float(b):.6g}; "
-                "draw every random number by pyro.sample, so that it has a name"
-            )
-
 
 def _in_turn(fn: Callable[[Values], Any], values: Values) -> Any:
     """fn of each row of values, its results stacked."""
     rows = [fn({k: v[i] for k, v in values.items()}) for i in range(len(next(iter(values.values()))))]
     return tree_map(lambda *parts: torch.stack(parts), *rows)
-
-
-def _describe(run: ModelRun) -> Layout:
-    """inspect_model, with whatever the model itself raises put into one line."""
-    try:
-        return inspect_model(run)
-    except (ValueError, TypeError):
-        raise
-    except NotImplementedError as error:
-        raise ValueError(first_line(error).removeprefix("NotImplementedError: ")) from error
-    except Exception as error:
-        raise ValueError(
-            f"model: expected to run with latent values from its prior, got {first_line(error)}"
-        ) from error
 
 
 def _is_dtype_mismatch(error: BaseException) -> bool:

@@ -109,7 +109,21 @@ class Layout:
 
 
 def inspect_model(run: ModelRun) -> Layout:
-    """Run the model from its prior a few times and describe it; raises ValueError where it cannot be a target."""
+    """Run the model from its prior a few times and describe it; raises ValueError where it cannot be a target, with
+    whatever the model itself raises put into one line."""
+    try:
+        return _inspected(run)
+    except (ValueError, TypeError):
+        raise
+    except NotImplementedError as error:
+        raise ValueError(first_line(error).removeprefix("NotImplementedError: ")) from error
+    except Exception as error:
+        raise ValueError(
+            f"model: expected to run with latent values from its prior, got {first_line(error)}"
+        ) from error
+
+
+def _inspected(run: ModelRun) -> Layout:
     nodes, *others = [_prior_nodes(run) for _ in range(PRIOR_RUNS)]
     for site in nodes.values():
         check_plate(site)
