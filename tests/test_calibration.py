@@ -281,7 +281,7 @@ def test_program_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "--only: expected part of one of normal" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["neck", "neck_model"])
+@pytest.mark.parametrize("kind", [pytest.param("neck", marks=pytest.mark.slow), "neck_model"])
 def test_a_hierarchy_is_measured(kind):
-    row = measure(known_target(kind, 7))
+    row = measure(known_target(kind, 5))
     assert row.status in ("reliable", "corrected") and row.right, row

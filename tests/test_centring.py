@@ -239,7 +239,7 @@ def test_a_guide_works_in_coordinates_of_its_own():
     """An AutoFlow of a centred hierarchy: its sites are the model's, log q of a draw is that of its own coordinates
     less the way to the model's, and against the model as written its ELBO is next to the evidence."""
     pyro.clear_param_store()
-    hierarchy = known_target("neck_model", 3)
+    hierarchy = known_target("neck_model", 5)
     guide = vf.AutoFlow(hierarchy.model, "gaussian", dtype=torch.float64)
     assert guide.flow.layers[-1].bijection.target.degrees
     draws = guide.draws(20_000)
@@ -261,7 +261,7 @@ def test_a_guide_works_in_coordinates_of_its_own():
 
 def test_a_posterior_becomes_a_guide_in_the_model_s_coordinates():
     pyro.clear_param_store()
-    hierarchy = known_target("neck_model", 3)
+    hierarchy = known_target("neck_model", 5)
     posterior = vf.fit(hierarchy.model, flow="gaussian", steps=20, progress=False)
     guide = vf.AutoFlow(hierarchy.model, posterior, dtype=torch.float64)
     drawn = hierarchy.points(guide.draws(20_000)).mean(0)
