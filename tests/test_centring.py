@@ -210,6 +210,24 @@ def test_funnels_are_read_from_curvature():
     assert torch.allclose(back, x[:5], atol=1e-6)
 
 
+def test_the_scale_of_many_is_found_among_them():
+    """Two hundred coordinates, of which one, not the first, scales half of the others."""
+
+    def log_p(x):
+        v, children, rest = x[:, 120], x[:, :100], torch.cat([x[:, 100:120], x[:, 121:]], -1)
+        squares = v.square() + (children * (-v[:, None]).exp()).square().sum(-1) + rest.square().sum(-1)
+        return -0.5 * squares - 100 * v
+
+    torch.manual_seed(0)
+    x = torch.randn(4000, 200, dtype=torch.float64)
+    x[:, :100] *= x[:, 120:121].exp()
+    (found,) = funnels(LogDensity(log_p, dim=200), x)
+    assert (found.v, found.rank) == (120, 100) and found.slope == pytest.approx(1.0, abs=0.01)
+    even = torch.zeros(3600, dtype=torch.float64)
+    cut = x[x[:, 120].argsort()[400:]]
+    assert not necks(LogDensity(log_p, dim=200), Weights(cut, even, even))[0].passed
+
+
 @pytest.mark.parametrize("seed", [0, 3, 4])
 @pytest.mark.parametrize("how", ["density", "written", "recentred"])
 def test_missing_necks_are_seen(how, seed):

@@ -28,7 +28,8 @@ MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
 FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
-MOST_DIMS = 150  # up to which every coordinate is looked at as a scale: each takes four Hessians
+EVERY = 150  # dimensions up to which every coordinate is looked at as a scale: each takes eight Hessians
+CANDIDATES, MOST_DIMS = 4, 600  # that are looked at beyond; dimensions up to which: moves take dim² operations a draw
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,35 @@ def funnels(target: Target, x: Tensor) -> list[Funnel]:
     if not 2 <= dim <= MOST_DIMS:
         return []
     sd, order = x.std(0), x.argsort(0)
+    tried = torch.arange(dim, device=x.device) if dim <= EVERY else _candidates(target, x, sd)
+    if not len(tried):
+        return []
     rank = len(x) // 20
-    ends = x[order[[rank, len(x) - 1 - rank]].mT]  # (dim, 2, dim)
-    along = torch.diag(STEP * sd)[:, None]
+    ends = x[order[[rank, len(x) - 1 - rank]].mT][tried]  # (tried, 2, dim)
+    along = torch.diag(STEP * sd)[tried, None]
     points = torch.stack([ends + k * along for k in (-1, 1, AWAY - 1, AWAY + 1)])
     flat = points.reshape(-1, dim)
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
-    found = [_funnel(v, ends[v] / sd, curvature[:, v], gradient[:, v], sd) for v in range(dim)]
+    found = [_funnel(v, ends[i] / sd, curvature[:, i], gradient[:, i], sd) for i, v in enumerate(tried.tolist())]
     kept: list[Funnel] = []
     for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
         if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
             kept.append(funnel)
     return kept[:SCALES]
+
+
+def _candidates(target: Target, x: Tensor, sd: Tensor) -> Tensor:
+    """Coordinates, at most CANDIDATES, that scale the most others: by how a product of the Hessian with one random
+    vector, entry by entry, changes over a move of each by an sd, at the draw nearest the middle."""
+    at = x[((x - x.median(0).values) / sd).square().sum(-1).argmin()]
+    r = (2 * torch.randint(2, sd.shape, device=x.device) - 1) * sd
+    points = torch.stack([at - torch.diag(sd) / 2, at + torch.diag(sd) / 2])
+    sides = [value_and_grad(target, (points + k * STEP * r).reshape(-1, len(sd)))[1] for k in (-1, 1)]
+    before, after = ((sides[1] - sides[0]).abs().clamp_min(1e-300).log()).reshape(points.shape)
+    moved = ((after - before).abs() > FALLS).fill_diagonal_(False).sum(-1)
+    best = moved.argsort(descending=True)[:CANDIDATES]
+    return best[moved[best] > 1]
 
 
 def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
