@@ -82,8 +82,8 @@ def load(path: str | Path, target: Target | None = None, flow: Flow | None = Non
     dim = tensors["draws"].shape[1]
     if target is not None and target.dim != dim:
         raise ValueError(f"target: expected dim {dim}, got {target.dim}; pass the target that was fitted")
-    if header["settings"].get("reparam"):
-        target = target and target.recentred(header["settings"]["reparam"])
+    if header["settings"].get("centring"):
+        target = target and target.recentred(header["settings"]["centring"])
     part = {p: _part(tensors, p) for p in ("proposal", "modes", "flow", "stored")}
     return Posterior(
         verdict=_verdict(header["verdict"]),

@@ -74,8 +74,10 @@ class Options:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
     def recorded(self) -> dict[str, Any]:
-        """The options as JSON can hold them, without ``init`` and ``reparam``."""
-        options = {name: value for name, value in vars(self).items() if name not in ("init", "reparam")}
+        """The options as JSON can hold them, without ``init``."""
+        options = {name: value for name, value in vars(self).items() if name != "init"}
+        if not isinstance(self.reparam, bool):
+            options["reparam"] = {name: torch.as_tensor(degree).tolist() for name, degree in self.reparam.items()}
         return options | {name: str(options[name]) for name in ("dtype", "device") if options[name] is not None}
 
 
@@ -205,7 +207,7 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     clock.lap("training")
     bar.stage("judging")
     settings = settings | {"recipe": best.start.recipe, "model": is_model(target), **options.recorded()}
-    settings["reparam"] = {name: degree.tolist() for name, degree in getattr(target, "degrees", {}).items()}
+    settings["centring"] = {name: degree.tolist() for name, degree in getattr(target, "degrees", {}).items()}
     best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
     posterior = judged(best, target, found, options, settings, clock)
     return mended(posterior, clock, bar) if options.correct else posterior

@@ -42,7 +42,8 @@ def seeded(seed: int | None) -> Iterator[None]:
 class Posterior(Judgement):
     """An approximation to a target, judged.
 
-    draws: (S, dim) unconstrained draws of the flow q, aligned with log_weights (S,) = log p − log q.
+    draws: (S, dim) draws of the flow q in the unconstrained coordinates of ``target`` (those of a model whose sites were
+    recentred are its own: ``target.constrain`` gives values), aligned with log_weights (S,) = log p − log q.
     verdict: status "reliable", "corrected" or "unreliable", with reasons.
     khat: mean k̂ of q's weights over repeats of S draws; khat_interval: 90 % interval of that mean.
     ess: effective sample size of ``draws``, a count out of S.
@@ -103,7 +104,7 @@ class Posterior(Judgement):
         return chosen if self.settings.get("model") else chosen["x"]
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log q of unconstrained x (..., dim) -> (...), by the fitted flow."""
+        """log q of x (..., dim) -> (...) by the fitted flow, x in the coordinates of ``target``, as ``draws`` are."""
         flow = self._flow("log_prob")
         return flow().log_prob(x.to(dtype=flow.dtype, device=flow.device)).to(x.dtype)
 
