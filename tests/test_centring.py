@@ -195,7 +195,7 @@ def test_funnels_are_read_from_curvature():
     v = torch.randn(4000, 1).double()
     children = (0.7 * v).exp() * torch.linalg.solve(spread, torch.randn(6, 4000).double()).mT + centre
     x = torch.cat([v, children, torch.randn(4000, 2).double()], -1)
-    found = funnels(LogDensity(log_p, dim=9), x)
+    found = funnels(LogDensity(log_p, dim=9), x, range(9))
     assert [f.v for f in found] == [0]
     (funnel,) = found
     assert funnel.rank == 6 and funnel.slope == pytest.approx(0.7, abs=0.01)
@@ -226,6 +226,34 @@ def test_missing_necks_are_seen(how, seed):
         assert check.passed == passed, check.sentence
     name = "x[1]" if how == "density" else "tau"
     assert name in check.sentence and "not seen to fall" in check.sentence
+
+
+@pytest.mark.parametrize("form", ["factor", "noise"])
+def test_necks_that_the_trace_does_not_tell_of_are_seen(form):
+    """A scale in a factor, or of the data's noise, beside a site that is centrable: exact draws pass, and those whose
+    smallest scales are missing do not."""
+
+    def model():
+        m, v = pyro.sample("m", dist.Normal(0.0, 1.0)), pyro.sample("v", dist.Normal(0.0, 1.0))
+        pyro.sample("theta", dist.Normal(m, 1.0).expand([2]).to_event(1))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([20]).to_event(1).mask(False))
+        if form == "factor":
+            pyro.factor("x_given_v", dist.Normal(0.0, v.exp()).log_prob(x).sum(-1))
+        else:
+            pyro.sample("y", dist.Normal(x, v.exp()).to_event(1), obs=torch.zeros(20))
+
+    torch.manual_seed(0)
+    target = PyroModel(model)
+    assert target.centrable == ["theta"] and target.scales() == []
+    v, m = torch.randn(2, 40_000, 1, dtype=torch.float64)
+    theta, x = m + torch.randn(40_000, 2).double(), v.exp() * torch.randn(40_000, 20).double()
+    every = torch.cat([m, v, theta, x], -1)
+    for share, passed in ((0.0, True), (0.06, False)):
+        x = every[every[:, 1] >= every[:, 1].quantile(share)][:20_000]
+        even = torch.zeros(len(x), dtype=torch.float64)
+        (check,) = necks(target, Weights(x, even, even))
+        assert check.passed == passed, check.sentence
+    assert "the posterior of v is not seen to fall" in check.sentence
 
 
 def test_nothing_is_moved_where_nothing_scales():

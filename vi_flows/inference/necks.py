@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -28,7 +28,7 @@ MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
 FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
-MOST_DIMS = 150  # up to which every coordinate is looked at as a scale: each takes four Hessians
+MOST_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at as a scale: beyond, none is
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ def necks(target: Target, draws: Weights) -> list[Check]:
 
     In the neck of a hierarchy, at a small scale, draws are missed by weights and by Hamiltonian moves alike. There the
     moves (τ, θ − μ) → c (τ, θ − μ) go, accepted with their Jacobian: for a Pyro model, moves of each scale alone in
-    non-centred coordinates (and as written, where θ stays); for a density :func:`funnels` tells what hangs on what.
+    non-centred coordinates (and as written, where θ stays); for a density, and for what else is latent in a model (its
+    factors, the noise of its data), :func:`funnels` tells what hangs on what.
     Draws of p keep their law, so a shift beyond noise, in the mean, the spread, or the share beyond the 5 % and 95 %
     points of the scale, says what has been missed. No check where nothing has a scale that varies.
     """
     x = draws.x[resample(resampling_weights(draws.log_w), MOVED)]
     charts = _charts(target, x)
-    columns = [funnel.v for funnel in charts[0].funnels]
+    columns = [funnel.v for funnel in charts[-1].funnels]
     if not columns:
         return []
     there = charts[-1].to(x)
@@ -94,13 +95,16 @@ class Chart:
 def _charts(target: Target, x: Tensor) -> list[Chart]:
     """Where to move: non-centred and as written for a model whose trace tells scales, else in its own coordinates."""
     if not (isinstance(target, PyroModel) and target.centrable):
-        return [Chart(target, lambda rows: rows, lambda rows: rows, funnels(target, x))]
+        return [Chart(target, lambda rows: rows, lambda rows: rows, funnels(target, x, range(target.dim)))]
     columns = target.scales()[:SCALES]
     charts = []
     for degree in (0.0, 1.0):
         other = target.recentred({name: degree for name in target.centrable})
         to, back = (lambda rows, o=other: target.translate(rows, o)), (lambda rows, o=other: o.translate(rows, target))
         charts.append(Chart(other, to, back, [Funnel(v) for v in columns]))
+    untold = [i for s in target.sites if s.name not in target.centrable for i in range(s.start, s.stop)]
+    more = funnels(charts[1].target, charts[1].to(x), [i for i in untold if i not in columns])
+    charts[1].funnels.extend(more[: SCALES - len(columns)])
     return charts
 
 
@@ -164,25 +168,25 @@ def _missing(target: Target, name: str, column: int, draws: Tensor, down: bool) 
     )
 
 
-def funnels(target: Target, x: Tensor) -> list[Funnel]:
-    r"""Scales among the coordinates, and what they spread, from the curvature at draws x (N, dim).
+def funnels(target: Target, x: Tensor, among: Sequence[int]) -> list[Funnel]:
+    r"""Scales among some coordinates, and what they spread, from the curvature at draws x (N, dim).
 
     A factor exp(−½ e^{−2b x_v} ‖A (x − c)‖²) makes ∂_v ∇² log p = 2b e^{−2b x_v} AᵀA and ∂_v ∇ log p = that times
     (x − c): so differences of Hessians and gradients along x_v, at draws where x_v is at its 5 % and 95 % points, give
     the directions that it scales, their centre and b, whatever else p has in it.
     """
     dim = x.shape[1]
-    if not 2 <= dim <= MOST_DIMS:
+    if not among or dim < 2 or len(among) * dim**2 > MOST_NUMBERS:
         return []
-    sd, order = x.std(0), x.argsort(0)
+    sd, order = x.std(0), x[:, list(among)].argsort(0)
     rank = len(x) // 20
-    ends = x[order[[rank, len(x) - 1 - rank]].mT]  # (dim, 2, dim)
-    along = torch.diag(STEP * sd)[:, None]
+    ends = x[order[[rank, len(x) - 1 - rank]].mT]  # (len(among), 2, dim)
+    along = torch.diag(STEP * sd)[list(among), None]
     points = torch.stack([ends + k * along for k in (-1, 1, AWAY - 1, AWAY + 1)])
     flat = points.reshape(-1, dim)
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
-    found = [_funnel(v, ends[v] / sd, curvature[:, v], gradient[:, v], sd) for v in range(dim)]
+    found = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
     kept: list[Funnel] = []
     for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
         if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
