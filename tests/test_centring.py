@@ -130,6 +130,8 @@ def test_what_is_no_degree_is_refused():
         target.recentred({"mu": 0.0})
     with pytest.raises(ValueError, match=r"reparam\['theta'\]: expected degrees of centring in \[0, 1\]"):
         target.recentred({"theta": 1.5})
+    with pytest.raises(ValueError, match=r"reparam\['theta'\]: expected degrees of centring in .*, got 'yes'"):
+        target.recentred({"theta": "yes"})
     with pytest.raises(ValueError, match=r"one or of shape \(8,\)"):
         target.recentred({"theta": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"reparam\['b'\]: expected 0 or 1, for its scale is a matrix"):
@@ -260,3 +262,21 @@ def test_nothing_is_moved_where_nothing_scales():
     x = torch.randn(5000, 3, dtype=torch.float64)
     even = torch.zeros(5000, dtype=torch.float64)
     assert necks(LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=3), Weights(x, even, even)) == []
+
+
+def test_a_model_in_float32_is_centred_and_looked_at():
+    """A module's parameters hold its model in float32: degrees, coordinates and necks are found all the same."""
+    offset = torch.nn.Parameter(torch.zeros(8, dtype=torch.float32))
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, scale).expand([8]).to_event(1))
+        pyro.sample(
+            "y", dist.Normal(torch.addmv(offset, torch.eye(8, dtype=torch.float32), theta), 1.0).to_event(1), obs=Y / 10
+        )
+
+    torch.manual_seed(0)
+    target, near, sentence = choose_centring(PyroModel(model), None)
+    assert target.dtype == torch.float32 and near.dtype == torch.float64 and sentence.startswith("centring:")
+    even = torch.zeros(2000, dtype=torch.float64)
+    assert len(necks(target, Weights(near + 0.5 * torch.randn(2000, 9).double(), even, even))) == 1
