@@ -230,6 +230,26 @@ def test_missing_necks_are_seen(how, seed):
     assert name in check.sentence and "not seen to fall" in check.sentence
 
 
+@pytest.mark.parametrize("law", [torch.distributions.Laplace(0.0, 1.0), torch.distributions.StudentT(2.0)])
+@pytest.mark.parametrize("located", [0.0, 1.0])
+def test_necks_of_laws_whose_curvature_tells_nothing_are_seen(law, located):
+    """A plain density of 20 Laplace or Student's t values, of latent scale and location, drawn exactly."""
+
+    def log_p(x):
+        z = (x[:, 2:] - located * x[:, 1:2]) * (-x[:, :1]).exp()
+        return (law.log_prob(z) - x[:, :1]).sum(-1) - 0.5 * x[:, :2].square().sum(-1)
+
+    torch.manual_seed(1)
+    outer = torch.randn(40_000, 2).double()
+    every = torch.cat([outer, located * outer[:, 1:] + outer[:, :1].exp() * law.sample((40_000, 20)).double()], -1)
+    for share, passed in ((0.0, True), (0.06, False)):
+        x = every[every[:, 0] >= every[:, 0].quantile(share)][:20_000]
+        even = torch.zeros(len(x), dtype=torch.float64)
+        (check,) = necks(LogDensity(log_p, dim=22), Weights(x, even, even))
+        assert check.passed == passed, check.sentence
+    assert "the posterior of x[0] is not seen to fall at its low end" in check.sentence
+
+
 @pytest.mark.parametrize("form", ["factor", "noise"])
 def test_necks_that_the_trace_does_not_tell_of_are_seen(form):
     """A scale in a factor, or of the data's noise, beside a site that is centrable: exact draws pass, and those whose

@@ -28,6 +28,12 @@ MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
 FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
+INDEFINITE = (
+    0.05  # of the largest: more, of the other sign, is not a normal's curvature, and does not grow as a scale's
+)
+SAMPLED, GROWS = 0.01, 0.5  # as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them
+EXPLAINS = 0.7  # the correlation from where such curvature makes a scale of a coordinate: less is by chance
+ENDS = 20  # the share, 1 in so many, of draws at an end and in the middle of a scale that tell
 MOST_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at as a scale: beyond, none is
 
 
@@ -187,6 +193,7 @@ def funnels(target: Target, x: Tensor, among: Sequence[int]) -> list[Funnel]:
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
     found = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
+    found = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(found, among, strict=True)]
     kept: list[Funnel] = []
     for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
         if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
@@ -214,6 +221,8 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     if not 0 < ratio < math.inf or ratio == 1:
         return None
     eigenvalues, vectors = torch.linalg.eigh(block * block.diagonal().sum().sign())
+    if float(eigenvalues[0]) < -INDEFINITE * float(eigenvalues[-1]):
+        return None
     kept = eigenvalues > FLAT * eigenvalues[-1]
     scaled = vectors[:, kept]
     pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[kept]
@@ -223,3 +232,35 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     projector[children[:, None], children] = scaled @ scaled.mT
     slope = -math.log(ratio) / (2 * AWAY * STEP)
     return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(kept.sum()))
+
+
+def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | None:
+    r"""The funnel of coordinate v by draws x (N, dim) in units of sd, where single curvatures do not tell: that of a
+    Laplace prior is 0 but for its spikes, and that of Student's t has both signs.
+
+    E[s sᵀ | x_v], with s = ∇ log p, is the mean curvature given x_v. What it grows by, from the middle of x_v to an
+    end, gives the directions. A law f(A(x − c) e^{−b x_v}) e^{−b k x_v} has ∂_v log f = −b ((x − c)·s + k): regression
+    gives b.
+    """
+    order, n = x[:, v].argsort(), len(x) // ENDS
+    rows = torch.stack([order[:n], order[len(x) // 2 :][:n], order.flip(0)[:n]])
+    score = (value_and_grad(target, (x[rows] * sd).reshape(-1, x.shape[1]))[1] * sd).reshape(*rows.shape, -1)
+    curved = score.mT @ score / n  # (3, dim, dim)
+    growth = (curved.diagonal(dim1=1, dim2=2).log() - curved[1].diagonal().log()).nan_to_num(0.0, 0.0, 0.0)
+    growth[:, v] = 0.0
+    end = int((growth > GROWS).sum(-1).argmax())
+    children = (growth[end] > GROWS).nonzero()[:, 0]
+    if not len(children):
+        return None
+    eigenvalues, vectors = torch.linalg.eigh((curved[end] - curved[1])[children][:, children])
+    scaled = vectors[:, eigenvalues > SAMPLED * eigenvalues[-1]]
+    at, own = x[rows[end]], score[end]
+    centre = at.median(0).values
+    pull = (((at - centre)[:, children] @ scaled) * (own[:, children] @ scaled)).sum(-1)
+    both = torch.stack([own[:, v], pull])
+    slope, correlation = -float(torch.cov(both)[0, 1] / pull.var()), float(torch.corrcoef(both)[0, 1])
+    if not (0 < abs(slope) < math.inf and abs(correlation) > EXPLAINS):
+        return None
+    projector = torch.zeros_like(curved[0])
+    projector[children[:, None], children] = scaled @ scaled.mT
+    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, scaled.shape[1])
