@@ -24,7 +24,8 @@ EVALUATIONS = 120_000  # of the target, in each kind of coordinates: in fewer ro
 ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
 SCALES = 12  # that are moved, of the sites with the fewest entries first: the more, the fewer rounds
 ERROR = 0.001  # of the check, over all quantities together
-MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be off
+MEAN, SHARE = 0.07, 0.01  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be seen to be
+# off: two thirds of what is wrong, for what is seen of it is certain to a fifth of that, and walks end short of all
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
 FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
