@@ -122,6 +122,18 @@ def test_nothing_cancels_in_the_neck(c):
     assert float(target.log_prob(x)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_powers_of_densities_are_left_as_written():
+    """Under poutine.scale a site's density is raised to a power, to which another frame would add log s."""
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.poutine.scale(scale=2.0):
+            theta = pyro.sample("theta", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(theta, scale)), 1.0), obs=torch.tensor(0.3))
+
+    assert PyroModel(model).centrable == ["z"]
+
+
 def test_what_is_no_degree_is_refused():
     target = PyroModel(schools, Y, SIGMA)
     with pytest.raises(
