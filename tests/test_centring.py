@@ -256,6 +256,8 @@ def test_necks_of_laws_whose_curvature_tells_nothing_are_seen(law, located):
     every = torch.cat([outer, located * outer[:, 1:] + outer[:, :1].exp() * law.sample((40_000, 20)).double()], -1)
     for share, passed in ((0.0, True), (0.06, False)):
         x = every[every[:, 0] >= every[:, 0].quantile(share)][:20_000]
+        x[:12, 0] = -16.0  # a few far down, as fits have them
+        x[:12, 2:] = located * x[:12, 1:2] + 1e-7 * torch.randn(12, 20).double()
         even = torch.zeros(len(x), dtype=torch.float64)
         (check,) = necks(LogDensity(log_p, dim=22), Weights(x, even, even))
         assert check.passed == passed, check.sentence

@@ -244,7 +244,8 @@ def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | N
     gives b.
     """
     order, n = x[:, v].argsort(), len(x) // ENDS
-    rows = torch.stack([order[:n], order[len(x) // 2 :][:n], order.flip(0)[:n]])
+    rows = torch.stack([order[n : 2 * n], order[len(x) // 2 :][:n], order.flip(0)[n : 2 * n]])  # without the outermost:
+    # their scores are of another size, and beside them the centre is off
     score = (value_and_grad(target, (x[rows] * sd).reshape(-1, x.shape[1]))[1] * sd).reshape(*rows.shape, -1)
     curved = score.mT @ score / n  # (3, dim, dim)
     growth = (curved.diagonal(dim1=1, dim2=2).log() - curved[1].diagonal().log()).nan_to_num(0.0, 0.0, 0.0)
