@@ -123,6 +123,18 @@ def test_nothing_cancels_in_the_neck(c):
     assert float(target.log_prob(x)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_powers_of_densities_are_left_as_written():
+    """Under poutine.scale a site's density is raised to a power, to which another frame would add log s."""
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.poutine.scale(scale=2.0):
+            theta = pyro.sample("theta", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(theta, scale)), 1.0), obs=torch.tensor(0.3))
+
+    assert PyroModel(model).centrable == ["z"]
+
+
 def test_what_is_no_degree_is_refused():
     target = PyroModel(schools, Y, SIGMA)
     with pytest.raises(
@@ -131,6 +143,8 @@ def test_what_is_no_degree_is_refused():
         target.recentred({"mu": 0.0})
     with pytest.raises(ValueError, match=r"reparam\['theta'\]: expected degrees of centring in \[0, 1\]"):
         target.recentred({"theta": 1.5})
+    with pytest.raises(ValueError, match=r"reparam\['theta'\]: expected degrees of centring in .*, got 'yes'"):
+        target.recentred({"theta": "yes"})
     with pytest.raises(ValueError, match=r"one or of shape \(8,\)"):
         target.recentred({"theta": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"reparam\['b'\]: expected 0 or 1, for its scale is a matrix"):
@@ -196,7 +210,7 @@ def test_funnels_are_read_from_curvature():
     v = torch.randn(4000, 1).double()
     children = (0.7 * v).exp() * torch.linalg.solve(spread, torch.randn(6, 4000).double()).mT + centre
     x = torch.cat([v, children, torch.randn(4000, 2).double()], -1)
-    found = funnels(LogDensity(log_p, dim=9), x)
+    found = funnels(LogDensity(log_p, dim=9), x, range(9))
     assert [f.v for f in found] == [0]
     (funnel,) = found
     assert funnel.rank == 6 and funnel.slope == pytest.approx(0.7, abs=0.01)
@@ -221,7 +235,7 @@ def test_the_scale_of_many_is_found_among_them():
     torch.manual_seed(0)
     x = torch.randn(4000, 200, dtype=torch.float64)
     x[:, :100] *= x[:, 120:121].exp()
-    (found,) = funnels(LogDensity(log_p, dim=200), x)
+    (found,) = funnels(LogDensity(log_p, dim=200), x, range(200))
     assert (found.v, found.rank) == (120, 100) and found.slope == pytest.approx(1.0, abs=0.01)
     even = torch.zeros(3600, dtype=torch.float64)
     cut = x[x[:, 120].argsort()[400:]]
@@ -245,6 +259,56 @@ def test_missing_necks_are_seen(how, seed):
         assert check.passed == passed, check.sentence
     name = "x[1]" if how == "density" else "tau"
     assert name in check.sentence and "not seen to fall" in check.sentence
+
+
+@pytest.mark.parametrize("law", [torch.distributions.Laplace(0.0, 1.0), torch.distributions.StudentT(2.0)])
+@pytest.mark.parametrize("located", [0.0, 1.0])
+def test_necks_of_laws_whose_curvature_tells_nothing_are_seen(law, located):
+    """A plain density of 20 Laplace or Student's t values, of latent scale and location, drawn exactly."""
+
+    def log_p(x):
+        z = (x[:, 2:] - located * x[:, 1:2]) * (-x[:, :1]).exp()
+        return (law.log_prob(z) - x[:, :1]).sum(-1) - 0.5 * x[:, :2].square().sum(-1)
+
+    torch.manual_seed(1)
+    outer = torch.randn(40_000, 2).double()
+    every = torch.cat([outer, located * outer[:, 1:] + outer[:, :1].exp() * law.sample((40_000, 20)).double()], -1)
+    for share, passed in ((0.0, True), (0.06, False)):
+        x = every[every[:, 0] >= every[:, 0].quantile(share)][:20_000]
+        x[:12, 0] = -16.0  # a few far down, as fits have them
+        x[:12, 2:] = located * x[:12, 1:2] + 1e-7 * torch.randn(12, 20).double()
+        even = torch.zeros(len(x), dtype=torch.float64)
+        (check,) = necks(LogDensity(log_p, dim=22), Weights(x, even, even))
+        assert check.passed == passed, check.sentence
+    assert "the posterior of x[0] is not seen to fall at its low end" in check.sentence
+
+
+@pytest.mark.parametrize("form", ["factor", "noise"])
+def test_necks_that_the_trace_does_not_tell_of_are_seen(form):
+    """A scale in a factor, or of the data's noise, beside a site that is centrable: exact draws pass, and those whose
+    smallest scales are missing do not."""
+
+    def model():
+        m, v = pyro.sample("m", dist.Normal(0.0, 1.0)), pyro.sample("v", dist.Normal(0.0, 1.0))
+        pyro.sample("theta", dist.Normal(m, 1.0).expand([2]).to_event(1))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([20]).to_event(1).mask(False))
+        if form == "factor":
+            pyro.factor("x_given_v", dist.Normal(0.0, v.exp()).log_prob(x).sum(-1))
+        else:
+            pyro.sample("y", dist.Normal(x, v.exp()).to_event(1), obs=torch.zeros(20))
+
+    torch.manual_seed(0)
+    target = PyroModel(model)
+    assert target.centrable == ["theta"] and target.scales() == []
+    v, m = torch.randn(2, 40_000, 1, dtype=torch.float64)
+    theta, x = m + torch.randn(40_000, 2).double(), v.exp() * torch.randn(40_000, 20).double()
+    every = torch.cat([m, v, theta, x], -1)
+    for share, passed in ((0.0, True), (0.06, False)):
+        x = every[every[:, 1] >= every[:, 1].quantile(share)][:20_000]
+        even = torch.zeros(len(x), dtype=torch.float64)
+        (check,) = necks(target, Weights(x, even, even))
+        assert check.passed == passed, check.sentence
+    assert "the posterior of v is not seen to fall" in check.sentence
 
 
 def test_nothing_is_moved_where_nothing_scales():
@@ -284,3 +348,21 @@ def test_a_posterior_becomes_a_guide_in_the_model_s_coordinates():
     guide = vf.AutoFlow(hierarchy.model, posterior, dtype=torch.float64)
     drawn = hierarchy.points(guide.draws(20_000)).mean(0)
     assert torch.allclose(drawn, hierarchy.points(posterior.sample(20_000, weighted=False, seed=0)).mean(0), atol=0.05)
+
+
+def test_a_model_in_float32_is_centred_and_looked_at():
+    """A module's parameters hold its model in float32: degrees, coordinates and necks are found all the same."""
+    offset = torch.nn.Parameter(torch.zeros(8, dtype=torch.float32))
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, scale).expand([8]).to_event(1))
+        pyro.sample(
+            "y", dist.Normal(torch.addmv(offset, torch.eye(8, dtype=torch.float32), theta), 1.0).to_event(1), obs=Y / 10
+        )
+
+    torch.manual_seed(0)
+    target, near, sentence = choose_centring(PyroModel(model), None)
+    assert target.dtype == torch.float32 and near.dtype == torch.float64 and sentence.startswith("centring:")
+    even = torch.zeros(2000, dtype=torch.float64)
+    assert len(necks(target, Weights(near + 0.5 * torch.randn(2000, 9).double(), even, even))) == 1

@@ -87,7 +87,8 @@ def learned(apart: PyroModel, gaussian: Gaussians) -> dict[str, Tensor]:
     """
     inverse = torch.linalg.solve_triangular(gaussian.scale_tril[0], torch.eye(apart.dim).to(gaussian.loc), upper=False)
     precision = inverse.square().sum(0)
-    low, high = apart.prior(PRIOR_DRAWS).quantile(torch.tensor([0.25, 0.75]).to(gaussian.loc), 0)
+    drawn = apart.prior(PRIOR_DRAWS).to(gaussian.loc)
+    low, high = drawn.quantile(torch.tensor([0.25, 0.75]).to(drawn), 0)
     prior = ((high - low) / 1.349).square()  # of a normal, and of what has no variance
     degrees = {}
     for site in apart.sites:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -20,16 +20,22 @@ from .weights import Weights, log_density
 
 NECKS = "necks"  # the name of the check
 MOVED = 10_000  # draws that are moved: the share below a 5 % point is then certain to .003
-EVALUATIONS = 120_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
+EVALUATIONS = 240_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
 ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
 SCALES = 12  # that are moved, of the sites with the fewest entries first: the more, the fewer rounds
 ERROR = 0.001  # of the check, over all quantities together
-MEAN, SHARE = 0.1, 0.015  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be off
+MEAN, SHARE = 0.07, 0.01  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be seen to be
+# off: two thirds of what is wrong, for what is seen of it is certain to a fifth of that, and walks end short of all
 STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
 FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
 FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
 EVERY = 150  # dimensions up to which every coordinate is looked at as a scale: each takes eight Hessians
-CANDIDATES, MOST_DIMS = 4, 600  # that are looked at beyond; dimensions up to which: moves take dim² operations a draw
+CANDIDATES = 4  # that are looked at beyond
+MOST_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at: 600 dimensions; beyond, none is
+INDEFINITE = 0.05  # of the largest: more, of the other sign, is no normal's curvature, and does not grow as a scale's
+SAMPLED, GROWS = 0.01, 0.5  # as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them
+EXPLAINS = 0.7  # the correlation from where such curvature makes a scale of a coordinate: less is by chance
+ENDS = 20  # the share, 1 in so many, of draws at an end and in the middle of a scale that tell
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,14 @@ def necks(target: Target, draws: Weights) -> list[Check]:
 
     In the neck of a hierarchy, at a small scale, draws are missed by weights and by Hamiltonian moves alike. There the
     moves (τ, θ − μ) → c (τ, θ − μ) go, accepted with their Jacobian: for a Pyro model, moves of each scale alone in
-    non-centred coordinates (and as written, where θ stays); for a density :func:`funnels` tells what hangs on what.
+    non-centred coordinates (and as written, where θ stays); for a density, and for what else is latent in a model (its
+    factors, the noise of its data), :func:`funnels` tells what hangs on what.
     Draws of p keep their law, so a shift beyond noise, in the mean, the spread, or the share beyond the 5 % and 95 %
     points of the scale, says what has been missed. No check where nothing has a scale that varies.
     """
     x = draws.x[resample(resampling_weights(draws.log_w), MOVED)]
     charts = _charts(target, x)
-    columns = [funnel.v for funnel in charts[0].funnels]
+    columns = [funnel.v for funnel in charts[-1].funnels]
     if not columns:
         return []
     there = charts[-1].to(x)
@@ -95,13 +102,16 @@ class Chart:
 def _charts(target: Target, x: Tensor) -> list[Chart]:
     """Where to move: non-centred and as written for a model whose trace tells scales, else in its own coordinates."""
     if not (isinstance(target, PyroModel) and target.centrable):
-        return [Chart(target, lambda rows: rows, lambda rows: rows, funnels(target, x))]
+        return [Chart(target, lambda rows: rows, lambda rows: rows, funnels(target, x, range(target.dim)))]
     columns = target.scales()[:SCALES]
     charts = []
     for degree in (0.0, 1.0):
         other = target.recentred({name: degree for name in target.centrable})
         to, back = (lambda rows, o=other: target.translate(rows, o)), (lambda rows, o=other: o.translate(rows, target))
         charts.append(Chart(other, to, back, [Funnel(v) for v in columns]))
+    untold = [i for s in target.sites if s.name not in target.centrable for i in range(s.start, s.stop)]
+    more = funnels(charts[1].target, charts[1].to(x), [i for i in untold if i not in columns])
+    charts[1].funnels.extend(more[: SCALES - len(columns)])
     return charts
 
 
@@ -165,28 +175,30 @@ def _missing(target: Target, name: str, column: int, draws: Tensor, down: bool) 
     )
 
 
-def funnels(target: Target, x: Tensor) -> list[Funnel]:
-    r"""Scales among the coordinates, and what they spread, from the curvature at draws x (N, dim).
+def funnels(target: Target, x: Tensor, among: Sequence[int]) -> list[Funnel]:
+    r"""Scales among some coordinates, and what they spread, from the curvature at draws x (N, dim).
 
     A factor exp(−½ e^{−2b x_v} ‖A (x − c)‖²) makes ∂_v ∇² log p = 2b e^{−2b x_v} AᵀA and ∂_v ∇ log p = that times
     (x − c): so differences of Hessians and gradients along x_v, at draws where x_v is at its 5 % and 95 % points, give
     the directions that it scales, their centre and b, whatever else p has in it.
     """
     dim = x.shape[1]
-    if not 2 <= dim <= MOST_DIMS:
+    if dim < 2 or min(len(among), EVERY if dim <= EVERY else CANDIDATES) * dim**2 > MOST_NUMBERS:
         return []
-    sd, order = x.std(0), x.argsort(0)
-    tried = torch.arange(dim, device=x.device) if dim <= EVERY else _candidates(target, x, sd)
-    if not len(tried):
+    sd = x.std(0)
+    if dim > EVERY:
+        among = [v for v in _candidates(target, x, sd).tolist() if v in set(among)]
+    if not among:
         return []
-    rank = len(x) // 20
-    ends = x[order[[rank, len(x) - 1 - rank]].mT][tried]  # (tried, 2, dim)
-    along = torch.diag(STEP * sd)[tried, None]
+    order, rank = x[:, list(among)].argsort(0), len(x) // 20
+    ends = x[order[[rank, len(x) - 1 - rank]].mT]  # (len(among), 2, dim)
+    along = torch.diag(STEP * sd)[list(among), None]
     points = torch.stack([ends + k * along for k in (-1, 1, AWAY - 1, AWAY + 1)])
     flat = points.reshape(-1, dim)
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
-    found = [_funnel(v, ends[i] / sd, curvature[:, i], gradient[:, i], sd) for i, v in enumerate(tried.tolist())]
+    found = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
+    found = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(found, among, strict=True)]
     kept: list[Funnel] = []
     for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
         if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
@@ -227,6 +239,8 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     if not 0 < ratio < math.inf or ratio == 1:
         return None
     eigenvalues, vectors = torch.linalg.eigh(block * block.diagonal().sum().sign())
+    if float(eigenvalues[0]) < -INDEFINITE * float(eigenvalues[-1]):
+        return None
     kept = eigenvalues > FLAT * eigenvalues[-1]
     scaled = vectors[:, kept]
     pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[kept]
@@ -236,3 +250,36 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     projector[children[:, None], children] = scaled @ scaled.mT
     slope = -math.log(ratio) / (2 * AWAY * STEP)
     return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(kept.sum()))
+
+
+def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | None:
+    r"""The funnel of coordinate v by draws x (N, dim) in units of sd, where single curvatures do not tell: that of a
+    Laplace prior is 0 but for its spikes, and that of Student's t has both signs.
+
+    E[s sᵀ | x_v], with s = ∇ log p, is the mean curvature given x_v. What it grows by, from the middle of x_v to an
+    end, gives the directions. A law f(A(x − c) e^{−b x_v}) e^{−b k x_v} has ∂_v log f = −b ((x − c)·s + k): regression
+    gives b.
+    """
+    order, n = x[:, v].argsort(), len(x) // ENDS
+    rows = torch.stack([order[n : 2 * n], order[len(x) // 2 :][:n], order.flip(0)[n : 2 * n]])  # without the outermost:
+    # their scores are of another size, and beside them the centre is off
+    score = (value_and_grad(target, (x[rows] * sd).reshape(-1, x.shape[1]))[1] * sd).reshape(*rows.shape, -1)
+    curved = score.mT @ score / n  # (3, dim, dim)
+    growth = (curved.diagonal(dim1=1, dim2=2).log() - curved[1].diagonal().log()).nan_to_num(0.0, 0.0, 0.0)
+    growth[:, v] = 0.0
+    end = int((growth > GROWS).sum(-1).argmax())
+    children = (growth[end] > GROWS).nonzero()[:, 0]
+    if not len(children):
+        return None
+    eigenvalues, vectors = torch.linalg.eigh((curved[end] - curved[1])[children][:, children])
+    scaled = vectors[:, eigenvalues > SAMPLED * eigenvalues[-1]]
+    at, own = x[rows[end]], score[end]
+    centre = at.median(0).values
+    pull = (((at - centre)[:, children] @ scaled) * (own[:, children] @ scaled)).sum(-1)
+    both = torch.stack([own[:, v], pull])
+    slope, correlation = -float(torch.cov(both)[0, 1] / pull.var()), float(torch.corrcoef(both)[0, 1])
+    if not (0 < abs(slope) < math.inf and abs(correlation) > EXPLAINS):
+        return None
+    projector = torch.zeros_like(curved[0])
+    projector[children[:, None], children] = scaled @ scaled.mT
+    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, scaled.shape[1])

@@ -42,8 +42,8 @@ def seeded(seed: int | None) -> Iterator[None]:
 class Posterior(Judgement):
     """An approximation to a target, judged.
 
-    draws: (S, dim) draws of the flow q in the unconstrained coordinates of ``target`` (those of a model whose sites were
-    recentred are its own: ``target.constrain`` gives values), aligned with log_weights (S,) = log p − log q.
+    draws: (S, dim) draws of the flow q in the unconstrained coordinates of ``target`` (its own, where sites of a model
+    were recentred: ``target.constrain`` gives values), aligned with log_weights (S,) = log p − log q.
     verdict: status "reliable", "corrected" or "unreliable", with reasons.
     khat: mean k̂ of q's weights over repeats of S draws; khat_interval: 90 % interval of that mean.
     ess: effective sample size of ``draws``, a count out of S.

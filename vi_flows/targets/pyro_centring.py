@@ -123,6 +123,8 @@ def centrable(site: Mapping[str, Any], others: list[Mapping[str, Any]]) -> bool:
     """Whether a latent site's frame is known and differs between runs, so that it depends on other latent sites."""
     if isinstance(site["mask"], Tensor) or site["mask"] is False:  # imputed in part, or a flat prior
         return False
+    if isinstance(site["scale"], Tensor) or site["scale"] != 1:  # a power of a density does not go with its frame
+        return False
     frames = [frame_of(node["fn"]) for node in (site, *others)]
     return None not in frames and not all(frames[0].same(frame) for frame in frames[1:])
 

@@ -142,12 +142,16 @@ class PyroModel:
 
     def _degree(self, site: Site, degree: Tensor | float) -> Tensor:
         """A degree of centring in the shape of the site's unconstrained value."""
-        value = torch.as_tensor(degree, dtype=self.dtype, device=self.device)
+        expected = (
+            f"reparam['{site.name}']: expected degrees of centring in [0, 1], one or of shape "
+            f"{tuple(site.unconstrained_shape)}, got {degree!r}"
+        )
+        try:
+            value = torch.as_tensor(degree, dtype=self.dtype, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(expected) from error
         if (value.dim() and value.shape != site.unconstrained_shape) or not bool(((value >= 0) & (value <= 1)).all()):
-            raise ValueError(
-                f"reparam['{site.name}']: expected degrees of centring in [0, 1], one or of shape "
-                f"{tuple(site.unconstrained_shape)}, got {degree!r}"
-            )
+            raise ValueError(expected)
         if self.is_matrix(site.name) and not bool((value == 0).all() | (value == 1).all()):
             raise ValueError(f"reparam['{site.name}']: expected 0 or 1, for its scale is a matrix, got {degree!r}")
         return value.expand(site.unconstrained_shape).clone()
