@@ -16,9 +16,7 @@ from .optimise import bfgs_paths
 from .weights import mean_elbo
 
 PRIOR_DRAWS = 400  # that say how wide a standard value is before there are data
-ITERATIONS = (
-    40  # of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they have settled
-)
+ITERATIONS = 40  # of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they settle
 DRAWS = 1000  # that compare the choices: ELBOs are then certain to about .1 nats
 NAMED = 4  # sites in a sentence
 

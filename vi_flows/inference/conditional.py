@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +10,7 @@ from ..flows.structured import Graph
 from ..targets.target import Target
 from .optimise import value_and_grad
 from .sparsity import elimination, probing
+from .weights import log_density
 
 STEP = 1e-3  # of differenced gradients, in units of the many
 TRIALS = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)  # of a Newton step, of which the best is taken
@@ -43,9 +42,8 @@ class Conditional:
         own = pattern[many][:, many]
         self.seen = own[child, parent]
         self.colours, hub = probing(own)
-        self.by_parent = torch.where(hub[child] & ~hub[parent], 0.0, 1.0).to(
-            unit
-        )  # which products an entry is read from
+        # which products an entry is read from
+        self.by_parent = torch.where(hub[child] & ~hub[parent], 0.0, 1.0).to(unit)
         self.by_child = torch.where(hub[parent] & ~hub[child], 0.0, 1.0).to(unit)
         self.unit = unit[many]
         self._pairs = self._updates()
@@ -76,13 +74,11 @@ class Conditional:
         eta = eta.expand(*u.shape[:-1], eta.shape[-1])
         return torch.cat([eta, u * self.unit], -1).index_select(-1, self.graph.back)
 
-    def gradients(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p, and its gradients in u and in η, at (..., d) and (..., n)."""
+    def gradients(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p, and its gradient in u, at (..., d) and (..., n)."""
         x = self.points(eta, u)
         value, grad = value_and_grad(self.target, x.reshape(-1, self.dim))
-        grad = grad.reshape(x.shape)
-        own, others = grad.index_select(-1, self.graph.few), grad.index_select(-1, self.graph.many) * self.unit
-        return value.reshape(x.shape[:-1]), others, own
+        return value.reshape(x.shape[:-1]), grad.reshape(x.shape).index_select(-1, self.graph.many) * self.unit
 
     def precision(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """−∂²log p/∂u² at (K, S, ·), averaged over S: its diagonal (K, n) and entries (K, E), by coloured probes."""
@@ -151,7 +147,7 @@ class Conditional:
         b, log_s = u.new_zeros(len(u), len(self.graph.child)), torch.zeros_like(u)
         going = torch.arange(len(u))
         for _ in range(iterations):
-            value, grad, _ = self.gradients(eta[going], u[going])
+            value, grad = self.gradients(eta[going], u[going])
             b[going], log_s[going] = self.factor(*self.precision(eta[going], u[going, None]))
             step = self.newton_step(b[going], log_s[going], grad)
             trials = torch.stack([u[going] + t * step for t in TRIALS], 1)
@@ -167,25 +163,12 @@ class Conditional:
 
     def values(self, eta: Tensor, u: Tensor) -> Tensor:
         x = self.points(eta, u)
-        with torch.no_grad():
-            value = torch.cat([self.target.log_prob(rows) for rows in x.reshape(-1, self.dim).split(1000)])
-        return torch.where(value < torch.inf, value, -torch.inf).reshape(x.shape[:-1])
+        return log_density(self.target, x.reshape(-1, self.dim)).reshape(x.shape[:-1])
 
     def noise(self, rows: int, pairs: int) -> Tensor:
         """Antithetic standard normals (rows, 2 pairs, n)."""
         z = torch.randn(rows, pairs, self.n, dtype=self.unit.dtype)
         return torch.cat([z, -z], 1)
-
-    def bound(self, eta: Tensor, u: Tensor, b: Tensor, log_s: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """E[log p(u, η) − log q(u)] under q = N(u, P⁻¹) (K,), and the mean gradients of log p in u and in η.
-
-        Where q is p(·|η) the former is log p(η), and the gradient in η its gradient (Fisher's identity); where q is the
-        best Gaussian, the bound's own (the envelope theorem).
-        """
-        at = u[:, None] + self.spread(b[:, None], log_s[:, None], noise)
-        value, grad, of_eta = self.gradients(eta[:, None], at)
-        entropy = log_s.sum(-1) + self.unit.log().sum() + 0.5 * self.n * (1 + math.log(2 * math.pi))
-        return value.mean(-1) + entropy, grad.mean(1), of_eta.mean(1)
 
     def variational(
         self, eta: Tensor, u: Tensor, b: Tensor, log_s: Tensor, pairs: int, rounds: int

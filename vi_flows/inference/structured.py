@@ -32,7 +32,7 @@ WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 3, 5.0  # draws for each of the few, ro
 NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
 SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
 ETA_STEP = 1e-3  # of differences over the few
-PAIRS = 4  # of antithetic draws of the many for a bound
+PAIRS = 4  # of antithetic draws of the many, at each of the few, in Gaussian VI
 WIDE = (1.25, 1.25, 2.0, 4.0)  # times the few's sds, of the points through which functions of them are laid, in turn
 TEMPER, LEAST = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
 RIDGE = 1e-3  # of the features' coefficients, as a share of the points
@@ -149,14 +149,16 @@ class Marginal:
 
     def log_prob(self, eta: Tensor) -> Tensor:
         if eta.requires_grad:
-            return _Bound.apply(eta, self)
+            return _Differenced.apply(eta, self)
         return self.at(eta, self.solve(eta)[0])
 
     def constrain(self, eta: Tensor) -> dict[str, Tensor]:
         return {"eta": eta}
 
 
-class _Bound(torch.autograd.Function):
+class _Differenced(torch.autograd.Function):
+    """The marginal density, with its differenced gradient as the derivative."""
+
     @staticmethod
     def forward(ctx, eta, marginal):
         with torch.no_grad():
@@ -170,7 +172,7 @@ class _Bound(torch.autograd.Function):
 
 
 def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
-    """The Gaussian over the few: BFGS on the bound from all starts, Newton steps from the best end, Gaussian VI."""
+    """The Gaussian over the few: BFGS on their marginal, Newton steps from the best end, moments of weighted draws."""
     ends, _ = bfgs_paths(marginal, starts[:STARTS], iterations=PATH_STEPS, tolerance=1e-2)
     best = int(ends.value.nan_to_num(nan=-math.inf).argmax())
     if not bool(ends.value[best].isfinite()):
@@ -196,7 +198,7 @@ def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
 
 
 def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
-    """Newton steps on the bound from η (d,), in the frame of a covariance that they renew, to N(η, (−∇²)⁻¹).
+    """Newton steps on the marginal from η (d,), in the frame of a covariance that they renew, to N(η, (−∇²)⁻¹).
 
     The curvature is differenced over half an sd either way: wide enough to be that of the mass, and not of its top.
     """
