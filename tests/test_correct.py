@@ -426,3 +426,49 @@ def test_nothing_is_annealed_that_has_no_place_or_no_time(wrong):
     with Progress(False) as bar:
         late = correct.mended(dataclasses.replace(wrong, verdict=wrong.verdict.refused(TAILS)), Clock(1e-3), bar)
     assert late.verdict.status == "unreliable" and "annealing would take" in late.notes[-1]
+
+
+# --- necks that the proposal leaves out ---
+
+
+def neck(x):
+    """v ~ N(0, 1) and eight values ~ N(0, e^v) given it: log Z = 4.5 log 2π, and five in a hundred have v < −1.645."""
+    return -0.5 * x[:, 0].square() - 0.5 * (x[:, 1:] * (-x[:, :1]).exp()).square().sum(-1) - 8 * x[:, 0]
+
+
+def test_bridge_needs_no_draws_of_the_proposal_where_those_of_p_are():
+    """m = N(0, 1) above −1.5 alone and p = e³ N(0, 1): weights alone miss 7 %, the bridge does not."""
+    torch.manual_seed(0)
+    of_p, of_m = torch.randn(2, 40_000, dtype=torch.float64)
+    inside = 0.5 * math.erfc(-1.5 / math.sqrt(2))
+    log_w = torch.where(of_p > -1.5, 3.0 + math.log(inside), math.inf)
+    of_m = torch.full_like(of_m[of_m > -1.5], 3.0 + math.log(inside))
+    assert vf.inference.weights.log_mean(of_m) == pytest.approx(3 + math.log(inside))
+    assert correct.bridge(of_m, log_w) == pytest.approx(3.0, abs=0.005)
+
+
+def test_a_neck_is_annealed_by_moves_of_scales():
+    """A Gaussian q, whose draws end above the neck: annealed, they come to its end, and so does log Ẑ; and chains."""
+    posterior = vf.fit(vf.LogDensity(neck, dim=9), flow="gaussian", seed=1, progress=False, correct=False)
+    assert posterior.verdict.status == "unreliable"
+    annealed = posterior.anneal(500, 8)
+    checks = {check.name: check for check in annealed.verdict.checks}
+    assert "settled" in checks and "agreement" not in checks and checks["necks"].passed
+    exact = 4.5 * LOG_2PI
+    assert abs(annealed.log_evidence - exact) < 4 * annealed.log_evidence_se < 0.06
+    below = (annealed.sample(20_000, seed=0)[:, 0] < -1.645).double().mean()
+    assert (
+        abs(float(below) - 0.05)
+        < 0.012
+        < abs(float((posterior.flow().sample((20_000,))[:, 0] < -1.645).double().mean()) - 0.05)
+    )
+    chains = posterior.mcmc("hmc", draws=400)
+    assert "moves of scales" in chains.notes[-1] and "bridge" in chains.notes[-1]
+    assert abs(chains.log_evidence - exact) < 5 * chains.log_evidence_se
+
+
+def test_moves_that_have_not_come_to_their_end_are_no_claim():
+    rising, still = torch.full((8,), 0.02).double(), torch.zeros(8).double()
+    assert not correct._settled(still, rising).passed and correct._settled(still, still).passed
+    noise = torch.randn(8, generator=torch.Generator().manual_seed(0)).double()
+    assert not correct._settled(still, 0.1 * noise).passed  # nor is what is too uncertain to tell

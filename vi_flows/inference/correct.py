@@ -19,7 +19,7 @@ from .clock import Clock
 from .fit import threads as torch_threads
 from .initialise import DENSE_DIMS
 from .judge import CARRIED, CAVEATS, CORRECTED, Verdict
-from .necks import NECKS, necks
+from .necks import NECKS, Walk, necks, scale_moves
 from .posterior import Posterior, seeded
 from .progress import Progress
 from .proposal import DefensiveProposal
@@ -31,6 +31,7 @@ from .weights import Weights, effective_sample_size, log_mean, log_mean_se
 EVIDENCE_SE = 0.05
 AGREEMENT = 3.0  # standard errors
 ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
+BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
 UNEVEN = 0.9  # of a step's particles, lost to uneven weights
 
 
@@ -79,7 +80,8 @@ def anneal(
         raise ValueError("anneal: this posterior has no target; load it with vf.load(path, target=...)")
     began, flow = time.monotonic(), posterior._flow("anneal")
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
-        path = Path(DefensiveProposal(flow, posterior.modes), posterior.target)
+        walk = walk_of_necks(posterior)
+        path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
         bar.stage("pilot")
         schedule = pilot(path, particles, rungs, replicates, functools.partial(_afford, seconds))
         _sees_something(posterior, schedule)
@@ -93,6 +95,14 @@ def anneal(
     how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(schedule, runs)}
     result.settings["anneal"], result.timing["annealing"] = how, time.monotonic() - began
     return result
+
+
+def walk_of_necks(posterior: Posterior) -> Walk | None:
+    """Moves of scales, where the weighted draws do not reach where a scale is small (or large); else None."""
+    target, draws = posterior.target, posterior.proposal
+    with seeded(0):  # whatever is drawn here, the rest is what it would be without
+        checks = [c for c in posterior.verdict.checks if c.name == NECKS] or necks(target, draws)
+        return None if all(check.passed for check in checks) else scale_moves(target, draws)
 
 
 def _afford(seconds: float, needed: float) -> None:
@@ -117,9 +127,9 @@ def _sees_something(posterior: Posterior, schedule: list[Rung]) -> None:
 
 def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
     """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
-    claimed, and made in time."""
+    claimed, and made in time. Necks that no draw has reached are reached by moves of scales."""
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or {*CARRIED, NECKS} & set(failed):
+    if posterior.verdict.status != "unreliable" or set(CARRIED) & set(failed):
         return posterior
     if posterior.flow.dim > DENSE_DIMS:
         note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
@@ -140,6 +150,10 @@ def mended(posterior: Posterior, clock: Clock, bar: Progress) -> Posterior:
 
 def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posterior:
     """The posterior with the runs' draws in place of the proposal's, judged by how the runs differ."""
+    bridged = any(r.settling is not None for r in runs)
+    if bridged:  # what m leaves out no weight tells, and weights of m need not agree
+        early = torch.tensor([_bridged(r, rungs[0].b, r.settling) for r in runs], dtype=torch.float64)
+        runs = [dataclasses.replace(r, log_z=_bridged(r, rungs[0].b, r.log_p - r.log_m)) for r in runs]
     log_z = torch.tensor([r.log_z for r in runs], dtype=torch.float64)
     level, se = log_mean(log_z), replicate_se(log_z)
     if level == -math.inf:
@@ -152,7 +166,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
         precision(names, values),
         sds(names, values),
         _evidence(se),
-        _agreement(posterior, level, se),
+        _settled(early, log_z) if bridged else _agreement(posterior, level, se),
         *_steps(runs),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
         *necks(posterior.target, weights),
@@ -161,6 +175,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
     note = (
         f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
         f"errors over the runs are, in the median, {more:.1f} times those of independent draws, which summary() shows."
+        + (" Scales were moved, and log evidence is a bridge from the proposal to the draws." if bridged else "")
     )
     return dataclasses.replace(
         posterior,
@@ -229,6 +244,40 @@ def _agreement(posterior: Posterior, level: float, se: float) -> Check:
     sentence = f"log Ẑ by annealing and by importance weights alone differ by {difference:+.4f} (se {error:.4f})"
     sentence += "" if passed else f", by more than {MISSING_MASS} and {AGREEMENT:g} se: one of them misses mass"
     return Check("agreement", statistic, MISSING_MASS, passed, sentence)
+
+
+def _bridged(made: Run, b: float, log_w_of_p: Tensor | None) -> float:
+    """log Ẑ of a run's first weights, at temperature b, and those of later states; −∞ where it had lost all weight."""
+    return bridge(made.log_w[0] / b, log_w_of_p) if made.log_w else -math.inf
+
+
+def _settled(early: Tensor, late: Tensor) -> Check:
+    """Whether moves of scales have come to their end: by log Ẑ (R,) with states before those that are kept, and these.
+
+    The bound is half of what may be missing: where moves leave half of an error, what they then mended is what is left.
+    """
+    drift = (late - early).nan_to_num(nan=0.0)
+    statistic = float(drift.mean().abs() + drift.std() / math.sqrt(len(drift)))
+    bound, passed = MISSING_MASS / 2, statistic < MISSING_MASS / 2
+    sentence = f"log Ẑ changed by {float(drift.mean()):+.4f} over the last moves of scales"
+    sentence += "" if passed else f", not seen to be within {bound}: they have not come to the end of a neck"
+    return Check("settled", statistic, bound, passed, sentence)
+
+
+def bridge(log_w: Tensor, log_w_of_p: Tensor) -> float:
+    r"""log Z from log-weights log p − log m of draws of m (N,) and of draws of p (M,) (Meng & Wong 1996): the Z where
+
+    .. math:: Z = \frac{\text{mean}_m\, w / (N w + M Z)}{\text{mean}_p\, 1 / (N w + M Z)}.
+
+    Where m never draws, w is large, and such draws of p count as nothing on either side: what m leaves out does not
+    bias Z, as long as p's draws have it.
+    """
+    n, m = math.log(len(log_w)), math.log(len(log_w_of_p))
+    log_z = log_w.new_tensor(log_mean(log_w))
+    for _ in range(BRIDGED):
+        of_m = log_w - torch.logaddexp(n + log_w, m + log_z)
+        log_z = of_m.logsumexp(0) - n - (-torch.logaddexp(n + log_w_of_p, m + log_z)).logsumexp(0) + m
+    return float(log_z)
 
 
 def _steps(runs: list[Run]) -> list[Check]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import one_of, whole
 from . import independence, neutra
-from .annealing import Path, resample_along
+from .annealing import Path, resample_along, rescaled
 from .checks import (
     KHAT_BOUND,
     PROBABILITY_SE,
@@ -27,6 +27,7 @@ from .checks import (
     tails_of_means,
     unseen_moments,
 )
+from .correct import bridge, replicate_se, walk_of_necks
 from .fit import threads as torch_threads
 from .judge import CARRIED, CAVEATS, CONDITION, Verdict
 from .necks import necks
@@ -35,7 +36,7 @@ from .progress import Progress
 from .proposal import DefensiveProposal
 from .psis import import_arviz, khat, khat_upper, resampling_weights
 from .quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, vary
-from .weights import Weights, in_blocks
+from .weights import Weights, in_blocks, log_mean
 
 HAMILTONIAN = ("nuts", "hmc")
 INDEPENDENT = {"imh": None, "isir": 8}  # proposals in each step of i-SIR
@@ -51,13 +52,17 @@ AGREEMENT = 3.0  # standard errors
 
 @dataclass(frozen=True)
 class Chains:
-    """States x (chains, draws, dim) with log p (chains, draws), how they were made, and the checks of that kind."""
+    """States x (chains, draws, dim) with log p (chains, draws), how they were made, and the checks of that kind.
+
+    evidence: log Ẑ and its standard error, where states tell of it what weights do not.
+    """
 
     x: Tensor
     log_p: Tensor
     words: str
     how: dict[str, Any]
     checks: tuple[Check, ...]
+    evidence: tuple[float, float] | None = None
 
 
 def mcmc(
@@ -106,19 +111,31 @@ def _check(
 def _hamiltonian(posterior: Posterior, method: str, count: int, draws: int, warmup: int, bar: Progress) -> Chains:
     """NeuTra (Hoffman et al. 2019): Hamiltonian chains in the flow's latent space, where p is nearly its base."""
     flow = posterior._flow("mcmc")
-    path = Path(DefensiveProposal(flow, posterior.modes), posterior.target)
+    walk = walk_of_necks(posterior)
+    path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
     starts = _starts(posterior, path, count)
     potential = neutra.Potential(functools.partial(path.log_prob, b=1), starts)
     bar.stage("chains", count * (warmup + draws))
-    chains = neutra.chains(method, potential, starts, draws, warmup, bar.advance)
+    between = (lambda z: rescaled(path, path.at(z)).z) if walk else None
+    chains = neutra.chains(method, potential, starts, draws, warmup, bar.advance, between)
     z = torch.cat([chain.z for chain in chains])
     found, energy = path.at(z), -in_blocks(potential.log_prob, z).reshape(count, draws)
     told = {name: [getattr(chain, name) for chain in chains] for name in ("divergences", "acceptance", "step")}
     words = f"{method}, {count} chains of {draws} draws after {warmup} of warm-up, in the flow's latent space"
+    words += ", and moves of scales" if walk else ""
     words += f" (not recorded: {potential.refused})" if potential.refused else ""
     checks = (_divergences(told["divergences"], count * draws), _energy(energy, flow.dim))
     how = {"draws": draws, "warmup": warmup, **told}
-    return Chains(found.x.reshape(count, draws, -1), found.log_p.reshape(count, draws), words, how, checks)
+    bridged = _bridged(path, (found.log_p - found.log_m).reshape(count, draws)) if walk else None
+    return Chains(found.x.reshape(count, draws, -1), found.log_p.reshape(count, draws), words, how, checks, bridged)
+
+
+def _bridged(path: Path, log_w: Tensor) -> tuple[float, float]:
+    """log Ẑ with its standard error from log p − log m of the chains' states (C, draws) and of as many draws of m."""
+    first, _ = path.draw(log_w.numel())
+    of_m = (first.log_p - first.log_m).reshape(log_w.shape)
+    each = torch.tensor([bridge(a, b) for a, b in zip(of_m, log_w, strict=True)], dtype=torch.float64)
+    return log_mean(each), replicate_se(each)
 
 
 def _starts(posterior: Posterior, path: Path, chains: int) -> Tensor:
@@ -172,20 +189,29 @@ def _result(posterior: Posterior, made: Chains) -> Posterior:
         precision(names, _thirds(values)),
         tails_of_means(names, unseen),
         sds(names, values, unseen),
-        _agreement(names, theta, values, estimate(given, before.log_w[alive].double()), before.log_w),
+        _alone("they leave out a neck")
+        if made.evidence
+        else _agreement(names, theta, values, estimate(given, before.log_w[alive].double()), before.log_w),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
         *necks(posterior.target, Weights(x, even, torch.zeros_like(even))),
     ]
     more = float((values.mean_se / independent.mean_se).nanmedian())
+    weights = "k̂ and ESS are those of the fit's importance weights"
+    weights = (
+        f"log evidence is a bridge from q to the states, {weights}" if made.evidence else f"log evidence, {weights}"
+    )
     note = (
         f"mcmc: {made.words}; standard errors of means over the chains are, in the median, {more:.1f} times those of "
-        "independent draws, which summary() shows. log evidence, k̂ and ESS are those of the fit's importance weights."
+        f"independent draws, which summary() shows. {weights}."
     )
+    level, error = made.evidence or (posterior.log_evidence, posterior.log_evidence_se)
     how = {"rhat": mixing[0].statistic, "ess": LEAST_ESS / mixing[1].statistic, **made.how}
     return dataclasses.replace(
         posterior,
         verdict=_decide(checks),
-        proposal=Weights(x, log_p - posterior.log_evidence, log_p),
+        proposal=Weights(x, log_p - level, log_p),
+        log_evidence=level,
+        log_evidence_se=error,
         notes=(*(n for n in posterior.notes if not n.startswith("mcmc:")), note),
         settings={**posterior.settings, "mcmc": how},
         timing=dict(posterior.timing),
@@ -274,8 +300,7 @@ def _agreement(names: list[str], theta: Tensor, values: Estimates, weighted: Est
     """
     upper = khat_upper(khat(log_w), len(log_w))
     if not upper < KHAT_BOUND:
-        sentence = f"importance weights are no measure (upper k̂ {upper:.2f}): the chains stand alone"
-        return Check("agreement", 0.0, 1.0, True, sentence)
+        return _alone(f"upper k̂ {upper:.2f}")
     below = (theta[:, None] <= weighted.quantiles).to(theta).mean(0)
     probabilities = (below - torch.tensor(PROBABILITIES).to(below)[:, None]).abs()
     error = AGREEMENT * torch.hypot(values.probability_se, weighted.probability_se)
@@ -286,6 +311,10 @@ def _agreement(names: list[str], theta: Tensor, values: Estimates, weighted: Est
     worst, name = float(ratio.max()), names[int(ratio.argmax())]
     sentence = f"chains and importance weights differ most in {name}, by {worst:.2f} times what is allowed"
     return Check("agreement", worst, 1.0, worst < 1, sentence)
+
+
+def _alone(why: str) -> Check:
+    return Check("agreement", 0.0, 1.0, True, f"importance weights are no measure ({why}): the chains stand alone")
 
 
 def _decide(checks: list[Check]) -> Verdict:

@@ -16,9 +16,10 @@ from .annealing import LENGTH
 from .optimise import value_and_grad
 
 RECORDING = 1e-6  # of recorded with direct values, relative to the largest entry
+EVERY = 10  # transitions, between which scales are moved, where these are: the more, the slower a neck is walked
 DEPTH = 8  # of NUTS's trees: at most 2⁸ leapfrog steps in a transition, of HMC too
 
-Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+Ask = Callable[..., tuple[Tensor, ...]]
 
 
 class Potential:
@@ -66,24 +67,38 @@ class Chain:
 
 
 def chains(
-    method: str, potential: Potential, starts: Tensor, draws: int, warmup: int, advance: Callable[[], None]
+    method: str,
+    potential: Potential,
+    starts: Tensor,
+    draws: int,
+    warmup: int,
+    advance: Callable[[], None],
+    between: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Chain]:
-    """A chain from each row of starts (C, dim) by "nuts" or "hmc"; ``advance`` is called at each transition."""
+    """A chain from each row of starts (C, dim) by "nuts" or "hmc"; ``advance`` is called at each transition.
 
-    def worker(start: Tensor) -> Callable[[Evaluate], Chain]:
-        return lambda ask: _chain(method, ask, start, draws, warmup, advance)
+    between: a move of all chains' z (C, dim) that leaves exp(−U) as it is, made after every ``EVERY``-th transition.
+    """
+
+    def worker(start: Tensor) -> Callable[[Ask], Chain]:
+        return lambda ask: _chain(method, ask, start, draws, warmup, advance, between is not None)
 
     with pyro_settings(torch.get_default_dtype(), validate=False):
-        return together([worker(start) for start in starts], potential)
+        return together([worker(start) for start in starts], potential, lambda z: (between(z),))
 
 
-def _chain(method: str, ask: Evaluate, start: Tensor, draws: int, warmup: int, advance: Callable[[], None]) -> Chain:
+def _chain(
+    method: str, ask: Ask, start: Tensor, draws: int, warmup: int, advance: Callable[[], None], between: bool
+) -> Chain:
     kernel = _kernel(method, lambda values: _Evaluation.apply(values["z"], ask))
     kernel.initial_params = values = {"z": start.clone()}
     kernel.setup(warmup)
     states = []
-    for _ in range(warmup + draws):
+    for k in range(warmup + draws):
         values = kernel.sample(values)
+        if between and k >= warmup and k % EVERY == 0:  # in a neck the step size would go to what it asks for
+            values = {"z": ask(values["z"].detach(), 1)[0]}
+            kernel.clear_cache()  # of the potential and its gradient, at where it was
         states.append(values["z"].detach().clone())
         advance()
     told = kernel.diagnostics()
@@ -111,7 +126,7 @@ class _Evaluation(torch.autograd.Function):
     """The value that ``ask`` gives at one point z (dim,), with the gradient that it gives as the derivative."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, ask: Evaluate) -> Tensor:
+    def forward(ctx: Any, z: Tensor, ask: Ask) -> Tensor:
         value, gradient = ask(z.detach())
         ctx.save_for_backward(gradient)
         return value
@@ -121,8 +136,9 @@ class _Evaluation(torch.autograd.Function):
         return cotangent * ctx.saved_tensors[0], None
 
 
-def together(workers: Sequence[Callable[[Evaluate], Any]], evaluate: Evaluate) -> list[Any]:
-    """Results of functions of ``ask``: z (dim,) -> row of evaluate, which answers what all of them ask in one call.
+def together(workers: Sequence[Callable[[Ask], Any]], *evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Any]:
+    """Results of functions of ``ask``: (z (dim,), k) -> row of evaluate[k] (the first, unless said), which answers what
+    all of them ask in one call. Of several, one is called where no question to those before it is open.
 
     A kernel asks for one point at a time, deep inside its recursion, and a program takes hardly longer for several
     points than for one. So each function runs in a thread until it asks, one at a time and in a fixed order: random
@@ -132,14 +148,16 @@ def together(workers: Sequence[Callable[[Evaluate], Any]], evaluate: Evaluate) -
     try:
         for thread in threads:
             thread.start()
-        going = threads
+        going = ready = threads
         while going:
-            for thread in going:
+            for thread in ready:
                 thread.proceed()
             going = [thread for thread in going if not thread.done]
             if going:
-                answers = evaluate(torch.stack([thread.asked for thread in going]))
-                for thread, *row in zip(going, *answers, strict=True):
+                first = min(thread.kind for thread in going)
+                ready = [thread for thread in going if thread.kind == first]
+                answers = evaluate[first](torch.stack([thread.asked for thread in ready]))
+                for thread, *row in zip(ready, *answers, strict=True):
                     thread.answer = tuple(row)
         return [thread.result for thread in threads]
     finally:
@@ -154,11 +172,12 @@ class _Stopped(Exception):
 class _Worker(threading.Thread):
     """A thread that runs between ``proceed`` and the next question only, while the caller waits."""
 
-    def __init__(self, fn: Callable[[Evaluate], Any]):
+    def __init__(self, fn: Callable[[Ask], Any]):
         super().__init__(daemon=True)
         self.fn, self.done, self.stopped = fn, False, False
         self.go, self.back = threading.Semaphore(0), threading.Semaphore(0)
         self.asked = self.answer = self.result = None
+        self.kind = 0
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -172,8 +191,8 @@ class _Worker(threading.Thread):
         self.done = True
         self.back.release()
 
-    def ask(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        self.asked = z
+    def ask(self, z: Tensor, kind: int = 0) -> tuple[Tensor, ...]:
+        self.asked, self.kind = z, kind
         self.back.release()
         self.go.acquire()
         if self.stopped:
