@@ -270,6 +270,22 @@ def test_nothing_to_split():
         vf.fit(correlated, flow="structured", progress=False)
 
 
+def test_many_local_scales_are_not_few():
+    """A regularised horseshoe: each of 20 coefficients has a scale of its own, and is not Gaussian given eight."""
+    design = torch.randn(60, 20, dtype=torch.float64)
+    y = design[:, :3].sum(-1) + torch.randn(60, dtype=torch.float64)
+
+    def horseshoe():
+        tau = pyro.sample("tau", dist.HalfCauchy(0.1))
+        scale = tau[..., None] * pyro.sample("scale", dist.HalfCauchy(torch.ones(20)).to_event(1))
+        beta = pyro.sample("beta", dist.Normal(0.0, scale / (1 + scale.square() / 4).sqrt()).to_event(1))
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Normal((design @ beta[..., None])[..., 0], 1.0), obs=y)
+
+    target = vf.PyroModel(horseshoe)
+    assert split(target, start_points(target)) is None
+
+
 def test_curvature_finds_a_pattern():
     matrix = precision_of(arrow(12))
     target = quadratic(matrix, 1.0)
