@@ -266,20 +266,24 @@ class Inside:
     probes: Gaussians
 
 
-def locate_structured(target: Target, points: Tensor | None = None) -> Inside | None:
+def locate_structured(target: Target, points: Tensor | None = None, asked: bool = True) -> Inside | None:
     """Split, locate the few, lay the many; None where there is no split, or no finite value near any start.
 
-    points: (n, dim), to start from as well.
+    points: (n, dim), to start from as well. asked: by the user; else None, too, where time is up before the many.
     """
-    if target.dim < LEAST_DIM:
+
+    def over() -> bool:
+        return late() and not asked
+
+    if target.dim < LEAST_DIM or over():
         return None
     with torch.no_grad():
         found = split(target, start_points(target, points))
-        if found is None:
+        if found is None or over():
             return None
         marginal = Marginal(found.inside)
         few = locate_few(marginal, found.starts)
-        if few is None:
+        if few is None or over():
             return None
         flow = structured_flow(marginal, few)
         near = like(flow)
