@@ -392,16 +392,17 @@ def test_the_time_that_annealing_takes_is_told_before_it_is_taken(wrong):
         for _ in range(4):
             annealing.run(path, rungs, 400)
         took = time.monotonic() - began
-    assert len(told) == annealing.TUNING * len(rungs) and told[-1] > done
+    assert len(told) == 1 + annealing.TUNING * len(rungs) and told[-1] > done
     assert took / 4 < told[-1] < 4 * took
     with pytest.raises(ValueError, match=r"^annealing would take about .*, and is given 0 s: posterior.anneal"):
         correct.anneal(wrong, 400, 4, 0, progress=False, threads=1, seconds=1e-3)
 
 
 def test_temperatures_to_come():
-    """By the last factor, from the third on: 1/50 = 2^−5.6."""
+    """By the last factor, from the third on: 50 = 2^5.6; by four before that: 50 = 4^2.8."""
     assert annealing._temperatures_left(0.01, 0.02, 3) == 6
-    assert annealing._temperatures_left(0.01, 0.02, 2) == annealing._temperatures_left(0.9, 1.0, 5) == 0
+    assert annealing._temperatures_left(0.0, 0.02, 1) == annealing._temperatures_left(0.01, 0.02, 2) == 3
+    assert annealing._temperatures_left(0.9, 1.0, 5) == annealing._temperatures_left(0.0, 1.0, 1) == 0
     assert annealing._temperatures_left(0.1, 0.1, 5) == annealing.MOST_RUNGS
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vi_flows as vf
+from vi_flows.inference import fit as fit_module
 from vi_flows.inference import training
 from vi_flows.inference.clock import FLOOR, Clock, late
 from vi_flows.inference.training import train
@@ -333,6 +334,30 @@ def test_training_improves_and_stops_when_weights_are_constant():
     assert "all but constant" in result.reason and len(result.elbo) < 1000
     with torch.no_grad():
         assert mean_elbo(log_weights(result.flow, target, 2000).log_w) > -1e-3
+
+
+def heavy(x):
+    return -2 * x.abs().sqrt().sum(-1)
+
+
+def test_training_that_leads_nowhere_is_given_up():
+    """Gaussians for 120 coordinates with heavy tails: log-weights vary by 20, and training cannot change it."""
+    target, flow = vf.LogDensity(heavy, dim=120), vf.recipes.diagonal(120).double()
+    how = {"path": True, "steps": 1000, "lr": 2e-3}
+    torch.manual_seed(0)
+    result = train(flow, target, give_up=True, **how)
+    assert result.given_up and result.reason.startswith("given up") and len(result.elbo) == training.GIVEN_UP_FROM
+    result = train(flow, target, give_up=True, max_seconds=1e3, **how | {"steps": 210})
+    assert not result.given_up and len(result.elbo) == 210
+
+
+def test_a_fit_that_was_given_up_is_not_annealed(monkeypatch):
+    """In many dimensions: here, as if these two were many, and every fit hopeless."""
+    monkeypatch.setattr(fit_module, "MANY_DIMS", 1)
+    for name, value in (("HOPELESS", 0.0), ("GIVEN_UP_FROM", 0)):
+        monkeypatch.setattr(training, name, value)
+    post = vf.fit(vf.LogDensity(heavy, dim=2), flow="planar", progress=False, lr=1e-4)
+    assert any("given up" in note for note in post.notes) and "annealing" not in post.timing
 
 
 def test_result_survives_json(gaussian):

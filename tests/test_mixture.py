@@ -8,8 +8,8 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture, StandardNormal
 from vi_flows.inference.gaussian import Gaussians, gaussian_vi, scale_of
-from vi_flows.inference.initialise import locate, start_points
-from vi_flows.inference.mixture import adapt_mixture, log_weights_of, whitened
+from vi_flows.inference.initialise import _mixture, locate, start_points
+from vi_flows.inference.mixture import DRAWS, PATIENCE, adapt_mixture, log_weights_of, whitened
 from vi_flows.inference.weights import effective_sample_size, log_mean
 from vi_flows.targets import LogDensity, catalogue
 
@@ -49,6 +49,28 @@ def test_components_are_born_where_none_started():
     assert effective_sample_size(log_w) > 0.85 * len(log_w)
     # ∫ exp(−½((r − 4)/.3)²) r dr dφ = 2π · 4 · .3 √(2π), but for a tail beyond 13 sds
     assert log_mean(log_w) == pytest.approx(math.log(2 * math.pi * 4 * 0.3 * math.sqrt(2 * math.pi)), abs=0.02)
+
+
+def test_adapting_ends_where_next_to_no_draw_counts():
+    """Cauchys of 40 dimensions, whose weighted draws are a handful: no further rounds, and no births in them."""
+    rows = []
+
+    def cauchy(x):
+        rows.append(len(x))
+        return -x.square().log1p().sum(-1)
+
+    torch.manual_seed(0)
+    adapt_mixture(LogDensity(cauchy, 40), gaussians(torch.zeros(2, 40), 1.0), torch.zeros(2).double())
+    assert sum(rows) <= PATIENCE * 2 * DRAWS
+
+
+def test_optima_without_mass_make_no_mixture():
+    """Spikes, of whose Gaussians no draw is where p is: there is nothing to adapt, nor of one that is left."""
+    target = LogDensity(lambda x: -0.5 * x.square().sum(-1), 1)
+    optima = gaussians([[3.0], [-3.0]], 1.0)
+    for mass in (-math.inf, math.nan, 0.0):
+        masses = torch.tensor([-math.inf, mass]).double()
+        assert _mixture(target, optima, masses, 0.0)[0] is None
 
 
 def test_whitened():

@@ -2,6 +2,7 @@
 closed forms, whole fits of hierarchies against quadrature."""
 
 import math
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 
 import vi_flows as vf
 from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
+from vi_flows.inference.clock import Clock
 from vi_flows.inference.conditional import Conditional
 from vi_flows.inference.initialise import start_points
 from vi_flows.inference.sparsity import coloured, curvature, elimination, pattern, probing
@@ -268,6 +270,31 @@ def test_nothing_to_split():
     assert locate_structured(correlated) is None
     with pytest.raises(ValueError, match="structured"):
         vf.fit(correlated, flow="structured", progress=False)
+
+
+def test_many_local_scales_are_not_few():
+    """A regularised horseshoe: each of 20 coefficients has a scale of its own, and is not Gaussian given eight."""
+    design = torch.randn(60, 20, dtype=torch.float64)
+    y = design[:, :3].sum(-1) + torch.randn(60, dtype=torch.float64)
+
+    def horseshoe():
+        tau = pyro.sample("tau", dist.HalfCauchy(0.1))
+        scale = tau[..., None] * pyro.sample("scale", dist.HalfCauchy(torch.ones(20)).to_event(1))
+        beta = pyro.sample("beta", dist.Normal(0.0, scale / (1 + scale.square() / 4).sqrt()).to_event(1))
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Normal((design @ beta[..., None])[..., 0], 1.0), obs=y)
+
+    target = vf.PyroModel(horseshoe)
+    assert split(target, start_points(target)) is None
+
+
+def test_no_more_than_is_asked_for_when_time_is_up():
+    """ "auto" goes on with what is quick; a user who asked for it is given a structured flow, if a poor one."""
+    target, clock = vf.PyroModel(hierarchy(40)[0]), Clock(1e-3)
+    with clock.ending("locating", 0.4):
+        time.sleep(1e-3)
+        assert locate_structured(target, asked=False) is None
+        assert locate_structured(target) is not None
 
 
 def test_curvature_finds_a_pattern():

@@ -27,6 +27,7 @@ SWEEPS, KEPT = 3, 4  # HMC transitions at each temperature; at the last one, who
 TUNING = 10  # transitions of the pilot run at each temperature, in which the step size settles
 ACCEPTANCE = 0.8
 TOLD = 3  # temperatures, from which on the last two tell how many are to come
+GROWTH = 4.0  # of b before that, at most: with less, annealing is left out that would be done in time
 LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
 SCALED, ROUNDS = 8, 16  # transitions before those that are kept, where scales are moved, and rounds of that after each:
 # with half of both, draws from a Gaussian fitted to a centred hierarchy were .03 nats short of the end of its neck
@@ -192,6 +193,7 @@ class Forecast:
     def drew(self) -> None:
         self.last = time.monotonic()
         self.drawn = self.last - self.began
+        self.afford((1 + self.replicates) * self.drawn)
 
     def moved(self, k: int, temperatures: int) -> None:
         """After k moves at a temperature, that many temperatures before the last."""
@@ -206,10 +208,9 @@ class Forecast:
 
 
 def _temperatures_left(last: float, b: float, count: int) -> int:
-    """How many more to b = 1, if b goes on growing by the factor that it last grew by."""
-    if b == 1 or count < TOLD:
-        return 0
-    return math.ceil(math.log(1 / b) / math.log(b / last)) if b > last else MOST_RUNGS
+    """How many more to b = 1, if b goes on growing by the factor that it last grew by, or, early on, by GROWTH."""
+    growth = GROWTH if count < TOLD else b / last
+    return math.ceil(math.log(1 / b) / math.log(growth)) if growth > 1 else MOST_RUNGS
 
 
 def next_temperature(b: float, log_ratio: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..flows.structured import Graph
 from ..targets.target import Target
+from .clock import late
 from .optimise import value_and_grad
 from .sparsity import elimination, probing
 from .weights import log_density
@@ -157,7 +158,7 @@ class Conditional:
             chosen = trials[torch.arange(len(going)), which]
             u[going] = torch.where(better[:, None], chosen, u[going])
             going = going[better & ((step * grad).sum(-1) / 2 > CLOSE)]
-            if not len(going):
+            if not len(going) or late():
                 break
         return u, b, log_s
 
@@ -184,4 +185,6 @@ class Conditional:
             grad = self.gradients(eta[:, None], at)[1].mean(1)
             b, log_s = self.factor(*mean)
             u = u + self.newton_step(b, log_s, grad).clamp(-FARTHEST, FARTHEST)
+            if late():
+                break
         return u, b, log_s

@@ -22,7 +22,7 @@ from ..targets.values import told_of_values
 from .centring import centred
 from .checks import Check
 from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
-from .initialise import joined
+from .initialise import MANY_DIMS, joined
 from .judge import CONDITION, FIRST, NECKED, PROBED, TIME, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
@@ -104,7 +104,7 @@ def fit(
     max_seconds: wall time, about, for all stages: locating ends by two fifths of it, training when judging needs the
         rest. Where locating or judging is cut short no claim is made. None: no limit, and the result depends on the
         seed alone, but for annealing, which is left out where it would take longer than locating and training did (or
-        15 s): a note then says how long, and how to ask for it.
+        15 s), as a note then says. Above 100 dimensions training that leads nowhere is given up, without annealing.
     num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
     dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
     device: where flow and target work.
@@ -159,8 +159,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def prepare(target: Target, options: Options) -> Target:
-    """Step 0: the target in its working precision, checked on points uniform in (−2, 2), or near its starts where none
-    of these has a value."""
+    """Step 0: the target in its working precision, checked on (−2, 2), or near its starts if none has a value."""
     points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         if not hasattr(target, "to"):
@@ -189,6 +188,7 @@ class Candidate:
     variance: float
     notes: tuple[str, ...]
     trace: Sequence[float] = ()
+    given_up: bool = False
 
 
 def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[str, Any], bar: Progress) -> Posterior:
@@ -210,7 +210,7 @@ def _fit(target: Target, choice: FlowChoice, options: Options, settings: dict[st
     settings["centring"] = {name: degree.tolist() for name, degree in getattr(target, "degrees", {}).items()}
     best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
     posterior = judged(best, target, found, options, settings, clock)
-    return mended(posterior, clock, bar) if options.correct else posterior
+    return mended(posterior, clock, bar) if options.correct and not best.given_up else posterior
 
 
 def _centred(target: Target, options: Options) -> tuple[Target, Tensor | None, str]:
@@ -298,6 +298,7 @@ def _train(flow: Flow, target: Target, options: Options, seconds: float | None, 
         lr=options.lr,
         path=True,
         max_seconds=seconds,
+        give_up=target.dim > MANY_DIMS,
         record=options.capture,
         compile=options.compile,
         report=bar.step,
@@ -318,10 +319,11 @@ def _never_worse(start: Start, trained: Training, target: Target) -> Candidate:
         _elbo_and_variance(in_blocks(lambda rows, q=q: log_weights(q, target, rows).log_w, noise))
         for q in (start.flow, trained.flow)
     )
+    flow, elbo, variance = trained.flow, after, spread
     if before > after:
         notes.append(f"training did not help (ELBO {after:.3f} after, {before:.3f} before): the start was kept.")
-        return Candidate(copy.deepcopy(start.flow), start, before, spread_before, tuple(notes), trained.elbo)
-    return Candidate(trained.flow, start, after, spread, tuple(notes), trained.elbo)
+        flow, elbo, variance = copy.deepcopy(start.flow), before, spread_before
+    return Candidate(flow, start, elbo, variance, tuple(notes), trained.elbo, trained.given_up)
 
 
 def _elbo_and_variance(log_w: Tensor) -> tuple[float, float]:

@@ -171,11 +171,12 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
 
 
 def _mixture(target: Target, optima: Gaussians, masses: Tensor, elbo: float) -> tuple[Mixture | None, float]:
-    """A mixture adapted to the optima, if there are several and its ELBO is about that of the best Gaussian or better;
-    and the variance of its log-weights."""
-    if len(optima) < 2:
+    """A mixture adapted to the optima that have mass, if several do and its ELBO is about that of the best Gaussian or
+    better; and the variance of its log-weights. (Where an optimum is a spike, its Gaussian may reach no point of p.)"""
+    some = masses.isfinite().nonzero()[:, 0].tolist()
+    if len(some) < 2:
         return None, math.nan
-    mixture = adapt_mixture(target, optima, masses)
+    mixture = adapt_mixture(target, optima.pick(some), masses[some])
     log_w = log_weights_of(target, mixture)
     if len(mixture.weights) < 2 or not mean_elbo(log_w) > elbo - WORTH:
         return None, math.nan

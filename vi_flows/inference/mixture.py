@@ -9,6 +9,7 @@ from ..flows.bases import Mixture
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets.target import Target
+from .clock import late
 from .gaussian import Gaussians, join, scale_of
 from .weights import effective_sample_size, in_blocks, log_density
 
@@ -21,6 +22,7 @@ LEAST = 1e-4  # share of the mass, below which one is dropped
 EXCESS = 4.0  # times the mean weight, from where a draw lies in a part of p that the mixture misses
 BIRTHS, UNTIL = 8, 10  # new components in a round, and the round from which there are none
 ENOUGH = 0.98  # ESS as a share, at which adapting ends
+PATIENCE = 4  # rounds, after which it ends where the ESS is below dim: moments of so few draws lead nowhere, slowly
 
 
 def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
@@ -42,7 +44,8 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
             break
         of_each = in_blocks(Mixture(found.loc, found.scale_tril, weights).log_each, x).softmax(-1)
         found, weights = _moments(found, x, of_each * w[:, None])
-        if effective_sample_size(log_w) > ENOUGH * len(x):
+        ess = effective_sample_size(log_w)
+        if ess > ENOUGH * len(x) or (k + 1 >= PATIENCE and ess < target.dim) or late():
             break
         if k < UNTIL:
             found, weights = _with_births(found, weights, x, w, of_each)

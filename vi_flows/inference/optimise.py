@@ -182,7 +182,7 @@ def line_search(target: Target, at: Iterates, direction: Tensor, slope: Tensor, 
     open_ = (slope > 0).nonzero()[:, 0]
     found = torch.zeros_like(slope, dtype=torch.bool)
     for _ in range(tries):
-        if not len(open_):
+        if not len(open_) or late():
             break
         trial = at.x[open_] + t[open_, None] * direction[open_]
         v, g = value_and_grad(target, trial)

@@ -93,7 +93,7 @@ def _inside(target: Target, choice: FlowChoice, points: Tensor | None, device: A
         return found
     if choice != "auto" or device not in (None, "cpu") or target.dim < LEAST_DIM:
         return None
-    found = locate_structured(target, points)
+    found = locate_structured(target, points, asked=False)
     return found if found is not None and found.variance < PAYS else None
 
 

@@ -12,6 +12,7 @@ from ..flows.bases import Mixture
 from ..flows.distribution import Flow
 from ..flows.structured import Features, StructuredLayer, monomials, structured
 from ..targets.target import Target
+from .clock import late
 from .conditional import Conditional
 from .gaussian import Gaussians, from_covariance, scale_of
 from .initialise import FRESH, start_points
@@ -23,7 +24,9 @@ POINTS = 6  # at which curvature is looked at
 LEAST_DIM = 30  # below which flows of all coordinates do as well
 MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
 MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
-MOST_FEW = 8
+MOST_FEW = (
+    8  # where more move it, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
+)
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
@@ -54,7 +57,7 @@ def split(target: Target, points: Tensor) -> Split | None:
     others' precision does not factor sparsely.
 
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
-    coordinate may matter only where no mass is.
+    coordinate may matter only where no mass is. Where ``MOST_FEW`` still do, and more than these did, few are not all.
     """
     found, seen = _curved(target, points)
     if not found:
@@ -71,6 +74,8 @@ def split(target: Target, points: Tensor) -> Split | None:
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
     found, seen = _curved(target, best)
     few = _most(_influences(target, seen, found, of), first) if found else first
+    if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
+        return None
     few = few if len(few) else moved.argmax()[None]
     return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
 
@@ -184,7 +189,7 @@ def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
 def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
     """The moments of p(η), by rounds of weighted draws around one Gaussian with the tails of a t; no gradients."""
     at = start
-    for _ in range(WEIGHTED_ROUNDS):
+    for _ in range(0 if late() else WEIGHTED_ROUNDS):
         wide = Mixture(at.loc, at.scale_tril, df=TAIL_DF, fixed=True)
         eta = wide.transform(wide.noise((WEIGHTED * marginal.dim,)))
         log_w = log_density(marginal, eta) - wide.log_prob(eta)
@@ -218,7 +223,7 @@ def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
         if float(reached.max()) > float(value[0]):
             eta = trials[int(reached.argmax())]
         tril = scale_of(tril @ (vectors / size) @ vectors.mT @ tril.mT)
-        if float(inside[0] @ step) < 0.02 and bool((each > 0.3).all() and (each < 3).all()):
+        if late() or (float(inside[0] @ step) < 0.02 and bool((each > 0.3).all() and (each < 3).all())):
             break
     return Gaussians(eta[None], tril[None], ("Newton's method over the few",))
 
@@ -261,20 +266,24 @@ class Inside:
     probes: Gaussians
 
 
-def locate_structured(target: Target, points: Tensor | None = None) -> Inside | None:
+def locate_structured(target: Target, points: Tensor | None = None, asked: bool = True) -> Inside | None:
     """Split, locate the few, lay the many; None where there is no split, or no finite value near any start.
 
-    points: (n, dim), to start from as well.
+    points: (n, dim), to start from as well. asked: by the user; else None, too, where time is up before the many.
     """
-    if target.dim < LEAST_DIM:
+
+    def over() -> bool:
+        return late() and not asked
+
+    if target.dim < LEAST_DIM or over():
         return None
     with torch.no_grad():
         found = split(target, start_points(target, points))
-        if found is None:
+        if found is None or over():
             return None
         marginal = Marginal(found.inside)
         few = locate_few(marginal, found.starts)
-        if few is None:
+        if few is None or over():
             return None
         flow = structured_flow(marginal, few)
         near = like(flow)

@@ -23,6 +23,8 @@ SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
 WIDENED, WIDER = 0.25, 0.75  # share of a path-gradient step's noise that is stretched by 1 + 0.75/√D into q's tails
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
 CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
+GIVEN_UP_FROM = 4 * WINDOW  # steps, from where a fit may be given up: before, those that end well may look as bad
+HOPELESS = 8.0  # variance of log w, e⁻⁸ of all draws being a handful; lower, fits that long training mends are given up
 
 
 class DivergedError(RuntimeError):
@@ -31,7 +33,8 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class Training:
-    """What training did: elbo has one noisy value a step; reason says in words why it stopped, note what failed."""
+    """What training did: elbo has one noisy value a step; reason says in words why it stopped, note what failed;
+    given_up whether it stopped because it led nowhere."""
 
     flow: Flow
     elbo: list[float] = field(default_factory=list)
@@ -41,6 +44,7 @@ class Training:
     lost: int = 0
     drawn: int = 0
     rolled_back: int = 0
+    given_up: bool = False
     note: str = ""
 
 
@@ -54,6 +58,7 @@ def train(
     objective: Objective = elbo,
     path: bool = False,
     max_seconds: float | None = None,
+    give_up: bool = False,
     record: bool | str = False,
     compile: bool = False,
     report: Callable[[int, int, float], None] | None = None,
@@ -66,6 +71,8 @@ def train(
 
     Parameters
     ----------
+    give_up: without max_seconds, end where the variance of log-weights is above ``HOPELESS`` after ``GIVEN_UP_FROM``
+        steps or more, and falls no faster than as 1/steps: as many draws as a verdict takes would not do.
     record: run the steps, after the first few, as recorded operations, which give the same numbers faster ("auto", or
         True: ``note`` says why where that fails).
     compile: run them as machine code, fused by TorchInductor: equal to rounding, several times faster, after a minute
@@ -79,6 +86,7 @@ def train(
     """
     step = Step(copy.deepcopy(flow), target, objective, path)
     loop = _Loop(step, steps, particles, lr, Gradient(step, Flat(step), bool(record), compile))
+    give_up = give_up and max_seconds is None
     result, began = Training(loop.step.flow), time.monotonic()
     try:
         for i in range(steps):
@@ -88,7 +96,7 @@ def train(
             if max_seconds is not None and time.monotonic() - began > max_seconds:
                 result.reason = f"the time limit of {max_seconds:g} s was reached"
                 break
-            if loop.finished(i, result):
+            if loop.finished(i, result) or (give_up and loop.hopeless(i, result)):
                 break
     except KeyboardInterrupt:
         result.reason = f"interrupted at step {len(result.elbo)}"
@@ -111,6 +119,7 @@ class _Loop:
         self.widened = int(WIDENED * particles) if step.path and step.flow.base.normals else 0
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
         self.variances: deque[float] = deque(maxlen=WINDOW)
+        self.spreads: list[float] = []  # the median variance of each window
         self.warm_up = max(1, min(WINDOW, steps // 10))
         self.decay_from = max(1, int(0.6 * steps))
         self.ends_at = steps
@@ -149,6 +158,7 @@ class _Loop:
             self._apply(i, gradient, norm, result)
         if i % WINDOW == WINDOW - 1:
             self.good = self._checkpoint()
+            self.spreads.append(statistics.median(self.variances))
 
     def _apply(self, i: int, gradient: Tensor, norm: float, result: Training) -> None:
         typical = statistics.median(self.norms) if len(self.norms) >= 10 else norm
@@ -173,6 +183,17 @@ class _Loop:
             elif len(result.elbo) >= 4 * WINDOW and _stationary(result.elbo):
                 self._decay(i + 1, max(2 * WINDOW, (i + 1) // 2), "the ELBO was stationary")
         return False
+
+    def hopeless(self, i: int, result: Training) -> bool:
+        """Whether, the rate still at its height, log-weights vary hopelessly, and not half as much as half-way here."""
+        if i + 1 < GIVEN_UP_FROM or (i + 1) % WINDOW or i + 1 >= self.decay_from:
+            return False
+        before, now = self.spreads[len(self.spreads) // 2 - 1], self.spreads[-1]
+        if now > HOPELESS and now > before / 2:
+            result.given_up = True
+            result.reason = f"given up: log-weights had a variance of {now:.1f}, of {before:.1f} half-way there; "
+            result.reason += "max_seconds= says how long it may go on"
+        return result.given_up
 
     def _decay(self, step: int, length: int, why: str) -> None:
         self.decay_from, self.ends_at = step, min(self.steps, step + length)
