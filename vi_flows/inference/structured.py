@@ -24,9 +24,7 @@ POINTS = 6  # at which curvature is looked at
 LEAST_DIM = 30  # below which flows of all coordinates do as well
 MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
 MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
-MOST_FEW = (
-    8  # where more move it, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
-)
+MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
