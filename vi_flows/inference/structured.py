@@ -56,7 +56,7 @@ def split(target: Target, points: Tensor) -> Split | None:
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
     coordinate may matter only where no mass is.
     """
-    found, seen = _curved(target, points)
+    found, seen = curvatures(target, points)
     if not found:
         return None
     of = pattern(found)
@@ -69,13 +69,13 @@ def split(target: Target, points: Tensor) -> Split | None:
         return None
     eta = torch.stack(seen)[:, first]
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
-    found, seen = _curved(target, best)
+    found, seen = curvatures(target, best)
     few = _most(_influences(target, seen, found, of), first) if found else first
     few = few if len(few) else moved.argmax()[None]
     return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
 
 
-def _curved(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The curvatures at the first POINTS of the points at which all is finite, and these."""
     found, seen = [], []
     for x in points:
@@ -261,16 +261,16 @@ class Inside:
     probes: Gaussians
 
 
-def locate_structured(target: Target, points: Tensor | None = None) -> Inside | None:
+def locate_structured(target: Target, points: Tensor | None = None, probes: float = math.inf) -> Inside | None:
     """Split, locate the few, lay the many; None where there is no split, or no finite value near any start.
 
-    points: (n, dim), to start from as well.
+    points: (n, dim), to start from as well. probes: products by which the others' precision is read, at most.
     """
     if target.dim < LEAST_DIM:
         return None
     with torch.no_grad():
         found = split(target, start_points(target, points))
-        if found is None:
+        if found is None or int(found.inside.probes[0].max()) >= probes:
             return None
         marginal = Marginal(found.inside)
         few = locate_few(marginal, found.starts)
