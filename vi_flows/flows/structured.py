@@ -25,7 +25,7 @@ from .recipes import spline
 REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
 BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
 FAR_DF = 2.0  # of each of the few in the judging proposal: with 4 the exponential tails of log scales, e^{sd·t}, outran it
-TAIL_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
+TAIL_DF = 4.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
@@ -325,7 +325,7 @@ def structured(layer: StructuredLayer) -> Flow:
     """A spline flow over the few, and the layer over it; in the layer's precision."""
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
-    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF).to(layer.loc))
+    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF, apart=True).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:
