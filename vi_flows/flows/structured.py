@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import whole
-from .bases import Base, IndependentT, StandardNormal, StudentT
+from .bases import Base, IndependentT, StandardNormal
 from .bijection import Bijection, Compose, Layer
 from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
@@ -24,8 +24,9 @@ from .recipes import spline
 
 REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
 BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
-FAR_DF = 2.0  # of each of the few in the judging proposal: with 4 the exponential tails of log scales, e^{sd·t}, outran it
-TAIL_DF = 4.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
+TAIL_DF = 4.0  # of each of the few in the base: log scales have tails e^t toward 0, and where the base hardly draws
+# training leaves the flow wrong; under one t₈ of all of them varying slopes were refused
+FAR_DF = 2.0  # of the same in the proposal that judges
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
@@ -67,18 +68,17 @@ class LeadingLayers(Layer):
 
 
 class LeadingTails(StandardNormal):
-    """N(0, I), or a t of ``df`` in its first ``count`` coordinates; its heavier likeness has a t of FAR_DF in each of these.
+    """N(0, I), or independent t laws of ``df`` in its first ``count`` coordinates; heavier, of FAR_DF in these.
 
     A t of hundreds of dimensions has hardly a draw where the normal has its own: all radii scale together.
     """
 
-    def __init__(self, dim: int, count: int, df: float | None = None, apart: bool = False):
+    def __init__(self, dim: int, count: int, df: float | None = None):
         super().__init__(dim)
         self.count, self.df = whole("count", count), df
         if self.count > dim:
             raise ValueError(f"count: expected at most dim = {dim}, got {count}")
-        law = IndependentT if apart else StudentT
-        self.first: Base = StandardNormal(count) if df is None else law(count, df)
+        self.first: Base = StandardNormal(count) if df is None else IndependentT(count, df)
         self.rest = StandardNormal(dim - count) if count < dim else None
 
     def _parts(self) -> list[Base]:
@@ -93,7 +93,7 @@ class LeadingTails(StandardNormal):
         return self.first.log_prob(z[..., : self.count]) + self.rest.log_prob(z[..., self.count :])
 
     def heavy(self, df: float) -> Base:
-        return LeadingTails(self.dim, self.count, min(df, FAR_DF), apart=True).to(self.anchor)
+        return LeadingTails(self.dim, self.count, min(df, FAR_DF)).to(self.anchor)
 
     @property
     def normals(self) -> int:
@@ -325,7 +325,7 @@ def structured(layer: StructuredLayer) -> Flow:
     """A spline flow over the few, and the layer over it; in the layer's precision."""
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
-    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF, apart=True).to(layer.loc))
+    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:
