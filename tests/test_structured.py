@@ -13,7 +13,9 @@ import vi_flows as vf
 from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
 from vi_flows.inference.clock import Clock
 from vi_flows.inference.conditional import Conditional
+from vi_flows.inference.gaussian import Gaussians
 from vi_flows.inference.initialise import start_points
+from vi_flows.inference.regressed import around
 from vi_flows.inference.sparsity import coloured, curvature, elimination, pattern, probing
 from vi_flows.inference.structured import Marginal, degree_of, like, locate_structured, split
 from vi_flows.inference.weights import log_weights
@@ -139,9 +141,11 @@ def test_heavy_tails_of_the_few_alone():
     torch.testing.assert_close(base.log_prob(z), vf.flows.bases.StandardNormal(5).log_prob(z))
     heavy = base.heavy(4.0)
     rest = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 2:]).sum(-1)
-    torch.testing.assert_close(heavy.log_prob(z), vf.flows.bases.StudentT(2, 4.0).log_prob(z[:, :2]) + rest)
+    apart = torch.distributions.StudentT(2.0).log_prob(z[:, :2]).sum(-1)
+    torch.testing.assert_close(heavy.log_prob(z), apart + rest)
     wide = heavy.noise((20_000,)).abs()
     assert (wide[:, :2] > 6).double().mean() > 1e-3 and wide[:, 2:].max() < 6
+    assert (wide[wide[:, 0] > 30, 1] < 3).double().mean() > 0.5  # far in one, and not in all
 
 
 @pytest.mark.parametrize("shape", PATTERNS)
@@ -263,6 +267,26 @@ def test_a_fit_of_a_centred_hierarchy(tmp_path):
     again = vf.load(posterior.save(tmp_path / "fit.safetensors"), vf.PyroModel(model))
     x = posterior.flow().rsample((5,))
     torch.testing.assert_close(again.flow().log_prob(x), posterior.flow().log_prob(x))
+
+
+def test_a_gaussian_becomes_a_structured_flow():
+    """The precision of θ given τ is sparse, and that of a Gaussian near it: then the flow is that Gaussian."""
+
+    def density(x):
+        tau, theta = x[..., 0], x[..., 1:]
+        return -0.5 * (tau**2 + (theta * torch.exp(-tau)[..., None]).square().sum(-1) + (theta - 1).square().sum(-1))
+
+    precision = torch.diag(torch.linspace(2, 10, 41)).double()
+    precision[0, 1:] = precision[1:, 0] = torch.linspace(-0.3, 0.3, 40)
+    law = torch.distributions.MultivariateNormal(torch.linspace(-1, 1, 41).double(), precision_matrix=precision)
+    flow = around(vf.LogDensity(density, 41), Gaussians(law.loc[None], law.scale_tril[None], ("known",)))
+    layer = flow.layers[1]
+    assert layer.graph.few.tolist() == [0]
+    x = law.sample((20,))
+    z, logdet = layer().inverse_and_logdet(x)
+    found = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) + logdet
+    torch.testing.assert_close(found, law.log_prob(x), atol=1e-2, rtol=0)
+    assert around(vf.LogDensity(law.log_prob, 41), Gaussians(law.loc[None], law.scale_tril[None], ("known",))) is None
 
 
 def test_nothing_to_split():

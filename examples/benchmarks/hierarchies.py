@@ -3,7 +3,7 @@
     python examples/benchmarks/hierarchies.py --models volatility,counts --seeds 3 --json rows.json
     python examples/benchmarks/hierarchies.py --models volatility --nuts        # where numpyro is installed
 
-Data are simulated here, from fixed seeds. Each log density is written once, over unconstrained coordinates, for torch
+Data are simulated here, from `--data-seed`. Each log density is written once, over unconstrained coordinates, for torch
 and for JAX, so that both are given the same thing. A row tells D, the verdict, CPU seconds, the effective sample size
 of the weighted draws, CPU seconds per 1,000 of these, and the peak memory of the process; with `--nuts` the same of one
 chain, its least effective sample size over all coordinates, and the largest difference between the two in means (in
@@ -28,6 +28,7 @@ from vi_flows.inference.weights import effective_sample_size
 
 Density = Callable[[Any, Any], Any]  # (torch or jax.numpy, x (..., dim)) -> (...)
 WARMUP, STEPS = 1000, 2000  # of NUTS
+APART = 1000  # between the generators of one data seed and of the next: more than there are models
 
 
 def normal(value: Any, sd: Any = 1.0) -> Any:
@@ -40,9 +41,9 @@ def half_normal(xp: Any, log_scale: Any, scale: float) -> Any:
     return -0.5 * (xp.exp(log_scale) / scale) ** 2 + log_scale
 
 
-def volatility(length: int) -> tuple[Density, int]:
+def volatility(length: int, data_seed: int) -> tuple[Density, int]:
     """Stochastic volatility: y ~ N(0, e^h), h an AR(1) with mean μ, persistence φ and innovations of sd σ, centred."""
-    g, phi, sigma = np.random.default_rng(1), 0.97, 0.18
+    g, phi, sigma = np.random.default_rng(1 + APART * data_seed), 0.97, 0.18
     h = np.zeros(length)
     h[0] = g.normal() * sigma / np.sqrt(1 - phi**2)
     for t in range(1, length):
@@ -63,9 +64,9 @@ def volatility(length: int) -> tuple[Density, int]:
     return density, length + 3
 
 
-def seasonal(length: int) -> tuple[Density, int]:
+def seasonal(length: int, data_seed: int) -> tuple[Density, int]:
     """A local level and a season of period 4, both walks of unknown scales, seen with noise, centred."""
-    g = np.random.default_rng(2)
+    g = np.random.default_rng(2 + APART * data_seed)
     level, season = np.cumsum(0.1 * g.normal(size=length)), np.zeros(length)
     season[:3] = 1.0, -0.5, 0.2
     for t in range(3, length):
@@ -84,9 +85,9 @@ def seasonal(length: int) -> tuple[Density, int]:
     return density, 2 * length + 3
 
 
-def counts(length: int) -> tuple[Density, int]:
+def counts(length: int, data_seed: int) -> tuple[Density, int]:
     """Poisson counts whose log rate is a random walk of unknown scale, centred."""
-    g = np.random.default_rng(3)
+    g = np.random.default_rng(3 + APART * data_seed)
     y = g.poisson(np.exp(1.5 + np.cumsum(0.08 * g.normal(size=length)))).astype(float)
 
     def density(xp: Any, x: Any) -> Any:
@@ -98,9 +99,9 @@ def counts(length: int) -> tuple[Density, int]:
     return density, length + 1
 
 
-def responses(items: int, persons: int) -> tuple[Density, int]:
+def responses(items: int, persons: int, data_seed: int) -> tuple[Density, int]:
     """A 2-PL model of item responses: logits a_i (θ_p − b_i), log a ~ N(0, σ_a), b ~ N(μ, σ_b), θ ~ N(0, 1)."""
-    g = np.random.default_rng(4)
+    g = np.random.default_rng(4 + APART * data_seed)
     a, b, theta = np.exp(0.4 * g.normal(size=items)), g.normal(size=items), g.normal(size=(persons, 1))
     sign = np.where(g.uniform(size=(persons, items)) < 1 / (1 + np.exp(-a * (theta - b))), 1.0, -1.0)
 
@@ -116,9 +117,9 @@ def responses(items: int, persons: int) -> tuple[Density, int]:
     return density, 3 + 2 * items + persons
 
 
-def slopes(groups: int, rows: int, centred: bool) -> tuple[Density, int]:
+def slopes(groups: int, rows: int, centred: bool, data_seed: int) -> tuple[Density, int]:
     """Varying intercepts and slopes of many small groups, normal data."""
-    g = np.random.default_rng(5)
+    g = np.random.default_rng(5 + APART * data_seed)
     group = np.concatenate([np.arange(groups), g.integers(0, groups, rows - groups)])
     floor = (g.uniform(size=rows) < 0.2).astype(float)
     intercept, slope = 1.5 + 0.3 * g.normal(size=groups), -0.7 + 0.3 * g.normal(size=groups)
@@ -140,9 +141,9 @@ def slopes(groups: int, rows: int, centred: bool) -> tuple[Density, int]:
     return density, 5 + 2 * groups
 
 
-def crossed(first: int, second: int) -> tuple[Density, int]:
+def crossed(first: int, second: int, data_seed: int) -> tuple[Density, int]:
     """Poisson counts in a table with crossed effects of rows and columns."""
-    g = np.random.default_rng(6)
+    g = np.random.default_rng(6 + APART * data_seed)
     rate = np.exp(0.5 + 0.5 * g.normal(size=(first, 1)) + 0.3 * g.normal(size=(1, second)))
     y = g.poisson(rate).astype(float)
 
@@ -159,15 +160,15 @@ def crossed(first: int, second: int) -> tuple[Density, int]:
     return density, 3 + first + second
 
 
-MODELS: dict[str, Callable[[], tuple[Density, int]]] = {
-    "volatility": lambda: volatility(500),
-    "volatility_1000": lambda: volatility(1000),
-    "seasonal": lambda: seasonal(200),
-    "counts": lambda: counts(2000),
-    "responses": lambda: responses(20, 100),
-    "slopes": lambda: slopes(85, 919, centred=False),
-    "slopes_centred": lambda: slopes(85, 919, centred=True),
-    "crossed": lambda: crossed(30, 40),
+MODELS: dict[str, Callable[[int], tuple[Density, int]]] = {
+    "volatility": lambda seed: volatility(500, seed),
+    "volatility_1000": lambda seed: volatility(1000, seed),
+    "seasonal": lambda seed: seasonal(200, seed),
+    "counts": lambda seed: counts(2000, seed),
+    "responses": lambda seed: responses(20, 100, seed),
+    "slopes": lambda seed: slopes(85, 919, False, seed),
+    "slopes_centred": lambda seed: slopes(85, 919, True, seed),
+    "crossed": lambda seed: crossed(30, 40, seed),
 }
 
 
@@ -220,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fits of each, seeds 0 to N - 1")
+    parser.add_argument("--data-seed", type=int, default=0, metavar="K", help="simulate all data from another seed")
     parser.add_argument("--nuts", action="store_true", help="run a chain of NumPyro's NUTS beside them")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows here, after every row")
     chosen = parser.parse_args()
@@ -228,13 +230,13 @@ def main() -> None:
     for name in chosen.models.split(","):
         if name not in MODELS:
             raise SystemExit(f"--models: expected some of {', '.join(MODELS)}, got {name!r}")
-        density, dim = MODELS[name]()
+        density, dim = MODELS[name](chosen.data_seed)
         chain, moments = nuts(density, dim, 0) if chosen.nuts else ({}, None)
         if chain:
             print(line(name, dim, {"seed": 0, "verdict": "NUTS", "memory": 0, **chain}), flush=True)
         for seed in range(chosen.seeds):
             row, own = fitted(density, dim, seed)
-            row |= {"model": name, "dim": dim, "seed": seed, "nuts": chain}
+            row |= {"model": name, "dim": dim, "seed": seed, "data_seed": chosen.data_seed, "nuts": chain}
             row["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             if moments is not None:
                 row["mean"] = float((np.abs(own[0] - moments[0]) / moments[1]).max())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,17 +42,21 @@ class Conditional:
         child, parent = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(-1)
         many = others[torch.tensor(order)[by_depth]]
         self.graph = Graph(few, many, child, parent, torch.tensor([depth[k] for k in by_depth]))
-        own = pattern[many][:, many]
-        self.seen = own[child, parent]
-        self.colours, hub = probing(own)
-        # which products an entry is read from
-        self.by_parent = torch.where(hub[child] & ~hub[parent], 0.0, 1.0).to(unit)
-        self.by_child = torch.where(hub[parent] & ~hub[child], 0.0, 1.0).to(unit)
+        self.own = pattern[many][:, many]
+        self.seen = self.own[child, parent]
         self.unit = unit[many]
-        self._pairs = self._updates()
         self.dim, self.n = target.dim, len(many)
 
-    def _updates(self) -> list[tuple[Tensor, ...]]:
+    @cached_property
+    def probes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Colours (n,), and whether each entry (E,) is read from the product with its parent's, with its child's."""
+        child, parent = self.graph.child, self.graph.parent
+        colours, hub = probing(self.own)
+        by_parent, by_child = ~(hub[child] & ~hub[parent]), ~(hub[parent] & ~hub[child])
+        return colours, by_parent.to(self.unit), by_child.to(self.unit)
+
+    @cached_property
+    def _pairs(self) -> list[tuple[Tensor, ...]]:
         """For each depth, pairs of entries (i, j), (i, k), k < j, of one child i, and the entry (j, k) that eliminating
         i changes."""
         graph, n = self.graph, len(self.graph.many)
@@ -83,17 +89,17 @@ class Conditional:
 
     def precision(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """−∂²log p/∂u² at (K, S, ·), averaged over S: its diagonal (K, n) and entries (K, E), by coloured probes."""
-        probes = STEP * torch.nn.functional.one_hot(self.colours).mT.to(u)
+        colours, by_parent, by_child = self.probes
+        probes = STEP * torch.nn.functional.one_hot(colours).mT.to(u)
         diagonal, entries = 0.0, 0.0
         child, parent = self.graph.child, self.graph.parent
         for s in range(u.shape[1]):
             at = u[:, s, None]
             sides = [self.gradients(eta[:, None], at + sign * probes)[1] for sign in (1, -1)]
             moved = (sides[1] - sides[0]) / (2 * STEP)
-            colours = self.colours
             diagonal = diagonal + moved[:, colours, torch.arange(self.n)]
-            both = self.by_parent * moved[:, colours[parent], child] + self.by_child * moved[:, colours[child], parent]
-            entries = entries + torch.where(self.seen, both / (self.by_parent + self.by_child), 0.0)
+            both = by_parent * moved[:, colours[parent], child] + by_child * moved[:, colours[child], parent]
+            entries = entries + torch.where(self.seen, both / (by_parent + by_child), 0.0)
         return diagonal / u.shape[1], entries / u.shape[1]
 
     def factor(self, diagonal: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,7 @@ def _forecast(found: Starts, target: Target, options: Options, bar: Progress) ->
     import_arviz()  # which judging would do, at the cost of seconds
     with seeded(0):
         each = draw_seconds(found.flows[0].flow, target)
-        steps = [(s.flow, options.steps if s.steps is None else s.steps) for s in found.flows]
+        steps = [(s.flow, s.most(options.steps)) for s in found.flows]
         training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
     judging = each * (1.5 * FIRST + PROBED + NECKED) + CHECKING
     bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
@@ -239,7 +239,7 @@ def _best(target: Target, found: Starts, options: Options, clock: Clock, share: 
     for k, start in enumerate(found.flows):
         bar.stage("training", options.steps)
         try:
-            asked = options if start.steps is None else dataclasses.replace(options, steps=start.steps)
+            asked = dataclasses.replace(options, steps=start.most(options.steps))
             trained = _train(start.flow, target, asked, clock.left(share, len(found.flows) - k), bar)
         except DivergedError as error:
             failed = error

@@ -25,6 +25,7 @@ LEAST_DIM = 30  # below which flows of all coordinates do as well
 MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
 MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
 MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
+PROBES = 24  # for a precision: with 40 Laplace's approximations of an item response model took two minutes, in vain
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
@@ -57,7 +58,7 @@ def split(target: Target, points: Tensor) -> Split | None:
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
     coordinate may matter only where no mass is. Where ``MOST_FEW`` still do, and more than these did, few are not all.
     """
-    found, seen = _curved(target, points)
+    found, seen = curvatures(target, points)
     if not found:
         return None
     of = pattern(found)
@@ -70,7 +71,7 @@ def split(target: Target, points: Tensor) -> Split | None:
         return None
     eta = torch.stack(seen)[:, first]
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
-    found, seen = _curved(target, best)
+    found, seen = curvatures(target, best)
     few = _most(_influences(target, seen, found, of), first) if found else first
     if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
         return None
@@ -78,7 +79,7 @@ def split(target: Target, points: Tensor) -> Split | None:
     return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
 
 
-def _curved(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The curvatures at the first POINTS of the points at which all is finite, and these."""
     found, seen = [], []
     for x in points:
@@ -267,7 +268,8 @@ class Inside:
 def locate_structured(target: Target, points: Tensor | None = None, asked: bool = True) -> Inside | None:
     """Split, locate the few, lay the many; None where there is no split, or no finite value near any start.
 
-    points: (n, dim), to start from as well. asked: by the user; else None, too, where time is up before the many.
+    points: (n, dim), to start from as well. asked: by the user; else None, too, where time is up before the many, and
+    where their precision takes more than ``PROBES`` products to read.
     """
 
     def over() -> bool:
@@ -277,7 +279,7 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
         return None
     with torch.no_grad():
         found = split(target, start_points(target, points))
-        if found is None or over():
+        if found is None or over() or not (asked or int(found.inside.probes[0].max()) < PROBES):
             return None
         marginal = Marginal(found.inside)
         few = locate_few(marginal, found.starts)
