@@ -76,17 +76,6 @@ class StudentT(Base):
         return StudentT(self.dim, min(df, self.df)).to(self.anchor)
 
 
-class IndependentT(StudentT):
-    """The product of t laws of ``df`` degrees of freedom: one coordinate goes far while the others stay."""
-
-    def noise(self, shape: Size | tuple[int, ...]) -> Tensor:
-        like = {"dtype": self.anchor.dtype, "device": self.anchor.device}
-        return torch.randn(*shape, self.dim, **like) * _t_factor((*shape, self.dim), self.df, like)[..., 0]
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return _log_t(z * z, 1, self.df).sum(-1)
-
-
 class Mixture(Base):
     """Σ_k w_k N(loc_k, L_k L_kᵀ) with fixed weights, or, with ``df``, of multivariate t components.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import whole
-from .bases import Base, IndependentT, StandardNormal
+from .bases import Base, StandardNormal, StudentT
 from .bijection import Bijection, Compose, Layer
 from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
@@ -24,10 +24,7 @@ from .recipes import spline
 
 REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
 BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
-ALONE_DF, TAIL_DF = 8.0, 4.0  # of one of the few, or of each of several, in the base: log scales have tails e^t, and
-# where the base hardly draws training leaves the flow wrong (slopes were refused under t₈); one scale alone is followed
-# to its end by t₈, and under t₄ centred hierarchies were refused, three of three
-FAR_DF = 2.0  # of each of several in the proposal that judges
+TAIL_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
@@ -69,7 +66,7 @@ class LeadingLayers(Layer):
 
 
 class LeadingTails(StandardNormal):
-    """N(0, I), or independent t laws of ``df`` in its first ``count`` coordinates; heavier, of FAR_DF in these.
+    """N(0, I), whose heavier likeness has a t for its first ``count`` coordinates only.
 
     A t of hundreds of dimensions has hardly a draw where the normal has its own: all radii scale together.
     """
@@ -79,7 +76,7 @@ class LeadingTails(StandardNormal):
         self.count, self.df = whole("count", count), df
         if self.count > dim:
             raise ValueError(f"count: expected at most dim = {dim}, got {count}")
-        self.first: Base = StandardNormal(count) if df is None else IndependentT(count, df)
+        self.first: Base = StandardNormal(count) if df is None else StudentT(count, df)
         self.rest = StandardNormal(dim - count) if count < dim else None
 
     def _parts(self) -> list[Base]:
@@ -94,8 +91,7 @@ class LeadingTails(StandardNormal):
         return self.first.log_prob(z[..., : self.count]) + self.rest.log_prob(z[..., self.count :])
 
     def heavy(self, df: float) -> Base:
-        far = min(df, self.df or df) if self.count == 1 else FAR_DF
-        return LeadingTails(self.dim, self.count, far).to(self.anchor)
+        return LeadingTails(self.dim, self.count, min(df, self.df or df)).to(self.anchor)
 
     @property
     def normals(self) -> int:
@@ -327,8 +323,7 @@ def structured(layer: StructuredLayer) -> Flow:
     """A spline flow over the few, and the layer over it; in the layer's precision."""
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
-    base = LeadingTails(layer.graph.dim, few, TAIL_DF if few > 1 else ALONE_DF).to(layer.loc)
-    return Flow([LeadingLayers(first.layers, few), layer], base)
+    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:

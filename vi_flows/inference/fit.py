@@ -22,7 +22,7 @@ from ..targets.values import told_of_values
 from .centring import centred
 from .checks import Check
 from .clock import LOCATING_SHARE, Clock, draw_seconds, step_seconds
-from .initialise import MANY_DIMS, joined
+from .initialise import joined
 from .judge import CONDITION, FIRST, NECKED, PROBED, TIME, Judgement, judge
 from .posterior import Posterior, is_model, seeded
 from .progress import Progress
@@ -35,6 +35,7 @@ from .weights import in_blocks, log_weights, mean_elbo
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
+LONG = 50  # dimensions, above which training that leads nowhere is given up: below, all of it takes a minute or so
 CHECKED = 32  # points on which a target is checked first
 
 
@@ -104,7 +105,7 @@ def fit(
     max_seconds: wall time, about, for all stages: locating ends by two fifths of it, training when judging needs the
         rest. Where locating or judging is cut short no claim is made. None: no limit, and the result depends on the
         seed alone, but for annealing, which is left out where it would take longer than locating and training did (or
-        15 s), as a note then says. Above 100 dimensions training that leads nowhere is given up, without annealing.
+        15 s), as a note then says. Above 50 dimensions training that leads nowhere is given up, without annealing.
     num_draws: draws kept, and in each of the five repeats of k̂ (10,000).
     dtype: of the target's evaluation: float64 unless it can only do float32; flow and weights are float64 always.
     device: where flow and target work.
@@ -298,7 +299,7 @@ def _train(flow: Flow, target: Target, options: Options, seconds: float | None, 
         lr=options.lr,
         path=True,
         max_seconds=seconds,
-        give_up=target.dim > MANY_DIMS,
+        give_up=target.dim > LONG,
         record=options.capture,
         compile=options.compile,
         report=bar.step,

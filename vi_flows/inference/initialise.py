@@ -32,7 +32,7 @@ FRESH = "a further start"  # the origin of probes
 ADAPTED = "the adapted mixture"  # that of its components
 PATHS = 8  # of Pathfinder that are looked at closely
 FEW_DIMS = 20  # up to which many modes are looked for and kept
-MANY_DIMS = 100  # up to which further starts are made
+MANY_DIMS = 100  # up to which the first starts are STARTS; beyond, a quarter, whose paths are kept: dense matrices
 DENSE_DIMS = 300  # up to which paths keep dense inverse Hessians
 WAVES = 6  # of starts around the optima found, as long as they find new ones
 ENOUGH = 2  # of them in a row that find nothing, where there are several optima: a mode may attract 1 % of starts
@@ -130,7 +130,7 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
     that matters; their masses; and where the last wave ended, which adds no optima, so that it tells how complete they
     are."""
     dim = optima.loc.shape[1]
-    waves = WAVES if dim <= FEW_DIMS else 2 if dim <= MANY_DIMS else 0
+    waves = WAVES if dim <= FEW_DIMS else WAVES // 2
     probes, empty = optima.pick([]), 0
     for k in range(waves):
         ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
@@ -161,9 +161,12 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
     within = (optima.scale_tril @ optima.scale_tril.mT).mean(0)
     spread = scale_of(within + offset.mT @ offset / len(optima))
     scales = FARTHEST ** torch.rand(STARTS // 4, 1, **like)
-    far = centre + scales * torch.randn(len(scales), target.dim, **like) @ spread.mT
+    size = torch.linalg.vector_norm(spread, dim=-1)
+    far = scales * torch.randn(len(scales), target.dim, **like)
+    # in many dimensions starts in the span of the optima end at these: there they go to all sides
+    far = centre + (far @ spread.mT if target.dim <= FEW_DIMS else far * size)
     noise = AROUND * torch.randn(CANDIDATES, target.dim, **like)
-    around = centre + torch.cat([noise[::2] @ spread.mT, noise[1::2] * torch.linalg.vector_norm(spread, dim=-1)])
+    around = centre + torch.cat([noise[::2] @ spread.mT, noise[1::2] * size])
     explained = Mixture(optima.loc, optima.scale_tril, df=5.0).requires_grad_(False)
     ratio = log_density(target, around) - in_blocks(explained.log_prob, around)
     best = ratio.argsort(descending=True)[: CANDIDATES // 4]
@@ -219,7 +222,7 @@ def start_points(
 ) -> Tensor:
     """Over-dispersed starts (about ``count``, dim), float64: ``extra``, prior draws of a model, uniform(−2, 2), and
     normals of sd 1 to 100."""
-    if target.dim > 100:
+    if target.dim > MANY_DIMS:
         count //= 4  # dense inverse Hessians of every path are kept
     like = {"dtype": torch.float64, "device": device}
     parts = [] if extra is None else [extra]

@@ -31,6 +31,7 @@ CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling fro
 CAVEATS = ("sds",)  # what a claim leaves out, and says so
 CONDITION = "unseen basins"  # what every claim is conditional on, and says
 TIME = "time"  # the check that fails where a stage was cut short by max_seconds
+UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
 CARRIED = (CONDITION, "proper", "rounding", "holes", IMPROPER, TIME)  # checks of a fit that hold for corrections
 UNRELIABLE = "do not rely on these draws"
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
@@ -112,6 +113,7 @@ def judge(
     verdict = _decide(checks + _probed(proposal, target, pooled, checks, probes, clock, each))
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
+        verdict = verdict.because("" if probes is not None and len(probes) else UNSOUGHT)
     log_weights, draws = own.log_w, own.x[:num_draws]
     lacking = REPEATS * num_draws - len(log_weights)
     if lacking > 0 and not _too_long(clock, each * lacking):

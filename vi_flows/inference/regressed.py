@@ -11,7 +11,7 @@ from ..targets.target import Target
 from .conditional import Conditional
 from .gaussian import Gaussians
 from .sparsity import influence, pattern
-from .structured import LEAST_DIM, MOST_ENTRIES, POINTS, curvatures, degree_of
+from .structured import MOST_ENTRIES, POINTS, curvatures, degree_of
 
 MOVES = 0.1  # influence of a move by an sd, from where a coordinate is one of the few: a Gaussian loses a quarter of it
 MOST = 24  # of these; beyond, what is far from normal is no matter of a few coordinates, and a spline flow does better
@@ -25,8 +25,6 @@ def around(target: Target, gaussian: Gaussians) -> Flow | None:
     What training adds, over the 20 discriminations of an item response model say, is that scales, slopes and means of
     the many follow the few.
     """
-    if target.dim < LEAST_DIM:
-        return None
     sd = torch.linalg.vector_norm(gaussian.scale_tril[0], dim=-1)
     found, seen = curvatures(target, gaussian.at(torch.randn(POINTS, target.dim).to(sd))[:, 0])
     if not found:
