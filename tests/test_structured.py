@@ -1,6 +1,7 @@
 """Conditional Gaussians of sparse precision: the flow against autograd, elimination and VI against dense algebra and
 closed forms, whole fits of hierarchies against quadrature."""
 
+import copy
 import math
 import time
 
@@ -144,6 +145,19 @@ def test_heavy_tails_of_the_few_alone():
     torch.testing.assert_close(heavy.log_prob(z), vf.flows.bases.StudentT(2, 4.0).log_prob(z[:, :2]) + rest)
     wide = heavy.noise((20_000,)).abs()
     assert (wide[:, :2] > 6).double().mean() > 1e-3 and wide[:, 2:].max() < 6
+
+
+def test_the_heavier_base_is_not_bent_by_the_layers_over_the_few():
+    flow = copy.deepcopy(random_flow())
+    heavy, over = flow.base.heavy(4.0), flow.layers[0]()
+    t, z = LeadingTails(8, 2, 4.0).double(), heavy.noise((20_000,))
+    image, logdet = over.forward_and_logdet(z)
+    assert (image - z)[:, :2].abs().max() > 0.1  # the layers do something
+    torch.testing.assert_close(heavy.log_prob(z), t.log_prob(image) + logdet)
+    shares = torch.tensor([0.05, 0.5, 0.95]).double()
+    points = torch.tensor([-2.1318, 0.0, 2.1318]).double()  # of a t of four degrees of freedom
+    assert ((image[:, :1] <= points).double().mean(0) - shares).abs().max() < 0.015
+    assert flow.base.over[0] is flow.layers[0]
 
 
 @pytest.mark.parametrize("shape", PATTERNS)

@@ -69,11 +69,14 @@ class LeadingTails(StandardNormal):
     """N(0, I), whose heavier likeness has a t for its first ``count`` coordinates only.
 
     A t of hundreds of dimensions has hardly a draw where the normal has its own: all radii scale together.
+    over: layers over the first coordinates alone, which the heavier likeness is not bent by: it is the law whose image
+    under them is that t. Far out, where training has seen no draw, they may go anywhere.
     """
 
-    def __init__(self, dim: int, count: int, df: float | None = None):
+    def __init__(self, dim: int, count: int, df: float | None = None, over: LeadingLayers | None = None):
         super().__init__(dim)
         self.count, self.df = whole("count", count), df
+        self.over = (over,)  # not a module of this base, but of the flow
         if self.count > dim:
             raise ValueError(f"count: expected at most dim = {dim}, got {count}")
         self.first: Base = StandardNormal(count) if df is None else StudentT(count, df)
@@ -91,11 +94,28 @@ class LeadingTails(StandardNormal):
         return self.first.log_prob(z[..., : self.count]) + self.rest.log_prob(z[..., self.count :])
 
     def heavy(self, df: float) -> Base:
-        return LeadingTails(self.dim, self.count, min(df, self.df or df)).to(self.anchor)
+        plain = LeadingTails(self.dim, self.count, min(df, self.df or df)).to(self.anchor)
+        return plain if self.over[0] is None else Straight(plain, self.over[0])
 
     @property
     def normals(self) -> int:
         return self.dim if self.df is None else 0
+
+
+class Straight(Base):
+    """The law of z whose image under ``over`` is ``image``."""
+
+    def __init__(self, image: Base, over: Layer):
+        super().__init__(image.dim)
+        self.image, self.over = image.to(image.anchor), over
+        self.to(image.anchor)
+
+    def noise(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return self.over().inverse_and_logdet(self.image.noise(shape))[0].detach()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        t, logdet = self.over().forward_and_logdet(z)
+        return self.image.log_prob(t) + logdet
 
 
 class Graph(nn.Module):
@@ -323,7 +343,8 @@ def structured(layer: StructuredLayer) -> Flow:
     """A spline flow over the few, and the layer over it; in the layer's precision."""
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
-    return Flow([LeadingLayers(first.layers, few), layer], LeadingTails(layer.graph.dim, few, TAIL_DF).to(layer.loc))
+    bent = LeadingLayers(first.layers, few)
+    return Flow([bent, layer], LeadingTails(layer.graph.dim, few, TAIL_DF, bent).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:
