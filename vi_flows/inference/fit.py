@@ -29,13 +29,12 @@ from .progress import Progress
 from .propriety import IMPROPER, improper
 from .psis import import_arviz
 from .start import FlowChoice, Start, Starts, init_points, outright, starts
-from .training import DivergedError, Training, train
+from .training import LONG, DivergedError, Training, train
 from .weights import in_blocks, log_weights, mean_elbo
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
-LONG = 50  # dimensions, above which training that leads nowhere is given up: below, all of it takes a minute or so
 CHECKED = 32  # points on which a target is checked first
 
 

@@ -219,14 +219,17 @@ class Posterior(Judgement):
         Carlo through m^(1−b) p^b, from b = 0 to 1 (Del Moral, Doucet & Jasra 2006; Neal 2001), in the flow's latent
         space, where p is nearly m. A pilot run chooses the temperatures and kernels, and ``replicates`` runs keep to
         them: log_evidence is the log of the mean of their unbiased estimates Ẑ, with its standard error over the runs.
+        Where draws of m do not reach down a neck, the last temperature moves scales together with what they spread, and
+        Ẑ is a bridge from m to the draws (Meng & Wong 1996), unbiased only as these come to the neck's end.
 
         particles: in each run. seed: the result depends on it alone; None: drawn from the global generator. progress:
         show a progress bar. threads: of torch, meanwhile.
 
         Returns a Posterior with the same flow, whose ``proposal`` holds the runs' draws at b = 1, each with the weight
         Ẑ of its run; ``settings["anneal"]`` says what was done. Its verdict is "corrected" or "unreliable", by the
-        precision of every quantity and of log Ẑ over the runs, by agreement with the importance weights of m, and by
-        the tails and evenness of each step's weights. A mode in which m has no draws is not found.
+        precision of every quantity and of log Ẑ over the runs, by agreement with the importance weights of m (or, where
+        scales are moved, by what the last moves still change), and by the tails and evenness of each step's weights. A
+        mode in which m has no draws is not found.
 
         Raises ValueError for arguments out of range, without target or flow, and if m does not reach the target.
         """
@@ -257,7 +260,8 @@ class Posterior(Judgement):
         Returns a Posterior with the same flow, whose ``proposal`` holds the states; ``settings["mcmc"]`` says what was
         done. Its verdict is "corrected" or "unreliable", by R̂, ESS, precision and tails of every quantity, by
         divergences and energies, or by the bound and the tails of the weights, and by agreement with the importance
-        weights, whose log_evidence it keeps. Chains that cannot move between modes show in R̂.
+        weights, whose log_evidence it keeps. Chains that cannot move between modes show in R̂. Scales are moved, too, as
+        in :meth:`anneal`, where draws do not reach down a neck; log_evidence is then a bridge to the states.
 
         Raises ValueError for arguments out of range and without target or flow.
         """

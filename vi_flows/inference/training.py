@@ -24,6 +24,7 @@ WIDENED, WIDER = 0.25, 0.75  # share of a path-gradient step's noise that is str
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
 CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
 GIVEN_UP_FROM = 4 * WINDOW  # steps, from where a fit may be given up: before, those that end well may look as bad
+LONG = 50  # dimensions, above which training that leads nowhere is given up: below, it takes a minute or so
 HOPELESS = 8.0  # variance of log w, e⁻⁸ of all draws being a handful; lower, fits that long training mends are given up
 
 
