@@ -26,6 +26,8 @@ MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log sca
 MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
 MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
 PROBES = 24  # for a precision: with 40 Laplace's approximations of an item response model took two minutes, in vain
+WELL, TRIES = 3.0, 2  # variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few
+# may be unlucky (varying slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
@@ -281,13 +283,17 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
         found = split(target, start_points(target, points))
         if found is None or over() or not (asked or int(found.inside.probes[0].max()) < PROBES):
             return None
-        marginal = Marginal(found.inside)
-        few = locate_few(marginal, found.starts)
-        if few is None or over():
+        marginal, tries = Marginal(found.inside), []
+        while len(tries) < TRIES and (not tries or tries[-1][0] > WELL):
+            few = locate_few(marginal, found.starts)
+            if few is None or over():
+                break
+            flow = structured_flow(marginal, few)
+            tries.append((spread_of_weights(flow, target), flow, few))
+        if not tries:
             return None
-        flow = structured_flow(marginal, few)
+        variance, flow, few = min(tries, key=lambda each: each[0])
         near = like(flow)
-        variance = spread_of_weights(flow, target)
         return Inside(flow, variance, near, fresh_ends(target, found.inside, few, near))
 
 
