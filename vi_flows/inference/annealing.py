@@ -177,6 +177,9 @@ def pilot(
             forecast.moved(k + 1, left)
         step = rung.step
         rungs.append(rung)
+    if path.walk is not None:
+        rescaled(path, particles)
+        forecast.walked()
     return rungs
 
 
@@ -185,7 +188,8 @@ class Forecast:
 
     def __init__(self, replicates: int, afford: Callable[[float], None]):
         self.replicates, self.afford = replicates, afford
-        self.began = self.last = time.monotonic()
+        self.began, self.rungs = time.monotonic(), 0
+        self.last = self.began
         self.drawn = self.before = self.here = (
             0.0  # seconds of the first draws, of moves at temperatures past, and here
         )
@@ -204,7 +208,13 @@ class Forecast:
         self.afford(now - self.began + left + self.replicates * runs)
         self.last = now
         if k == TUNING:
-            self.before, self.here = self.before + self.here, 0.0
+            self.before, self.here, self.rungs = self.before + self.here, 0.0, self.rungs + 1
+
+    def walked(self) -> None:
+        """After one walk of the scales, at the last temperature, of which each run makes several."""
+        each = time.monotonic() - self.last + self.before / (TUNING * max(self.rungs, 1))
+        runs = self.drawn + SWEEPS / TUNING * self.before + (SCALED + KEPT) * each
+        self.afford(time.monotonic() - self.began + self.replicates * runs)
 
 
 def _temperatures_left(last: float, b: float, count: int) -> int:
