@@ -353,7 +353,7 @@ def test_training_that_leads_nowhere_is_given_up():
 
 def test_a_fit_that_was_given_up_is_not_annealed(monkeypatch):
     """In many dimensions: here, as if these two were many, and every fit hopeless."""
-    monkeypatch.setattr(fit_module, "MANY_DIMS", 1)
+    monkeypatch.setattr(fit_module, "LONG", 1)
     for name, value in (("HOPELESS", 0.0), ("GIVEN_UP_FROM", 0)):
         monkeypatch.setattr(training, name, value)
     post = vf.fit(vf.LogDensity(heavy, dim=2), flow="planar", progress=False, lr=1e-4)
