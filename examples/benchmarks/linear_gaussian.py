@@ -28,7 +28,7 @@ from torch import Tensor
 import vi_flows as vf
 from vi_flows.inference.optimise import value_and_grad
 from vi_flows.inference.psis import resampling_weights
-from vi_flows.inference.quantities import PROBABILITIES
+from vi_flows.inference.quantities import PROBABILITIES, carrying
 
 PRIORS: dict[str, Callable[[], Any]] = {
     "HalfNormal": lambda: dist.HalfNormal(1.0),
@@ -122,10 +122,11 @@ def marginal(axis: Tensor, log_p: Tensor) -> tuple[float, float, Tensor]:
 
 def error(posterior: vf.Posterior, written: vf.PyroModel, known: Exact) -> tuple[float, str]:
     """The worst error, as a multiple of what is allowed, and whose it is."""
-    x = posterior.proposal.x
+    kept = carrying(posterior.proposal.log_w)  # others may lie so far out that values overflow
+    x = posterior.proposal.x[kept]
     if posterior.settings.get("model"):
         x = written.unconstrain(posterior.target.constrain(x))
-    w = resampling_weights(posterior.proposal.log_w).softmax(0)
+    w = resampling_weights(posterior.proposal.log_w)[kept].softmax(0)
     off = ((w @ x - known.mean) / known.sd / MEAN).abs()
     below = torch.stack([w @ (x <= row).double() for row in known.points])
     share = (below - torch.tensor(PROBABILITIES).double()[:, None]).abs() / LIMITS[:, None]
