@@ -188,11 +188,9 @@ class Forecast:
 
     def __init__(self, replicates: int, afford: Callable[[float], None]):
         self.replicates, self.afford = replicates, afford
-        self.began, self.rungs = time.monotonic(), 0
-        self.last = self.began
-        self.drawn = self.before = self.here = (
-            0.0  # seconds of the first draws, of moves at temperatures past, and here
-        )
+        self.began = self.last = time.monotonic()
+        # seconds of the first draws, of moves at temperatures past, and here; of one move at the last of these past
+        self.drawn = self.before = self.here = self.move = 0.0
 
     def drew(self) -> None:
         self.last = time.monotonic()
@@ -208,12 +206,12 @@ class Forecast:
         self.afford(now - self.began + left + self.replicates * runs)
         self.last = now
         if k == TUNING:
-            self.before, self.here, self.rungs = self.before + self.here, 0.0, self.rungs + 1
+            self.before, self.here, self.move = self.before + self.here, 0.0, self.here / TUNING
 
     def walked(self) -> None:
         """After one walk of the scales, at the last temperature, of which each run makes several."""
-        each = time.monotonic() - self.last + self.before / (TUNING * max(self.rungs, 1))
-        runs = self.drawn + SWEEPS / TUNING * self.before + (SCALED + KEPT) * each
+        walk = time.monotonic() - self.last
+        runs = self.drawn + SWEEPS / TUNING * self.before + (SCALED + KEPT) * (self.move + walk)
         self.afford(time.monotonic() - self.began + self.replicates * runs)
 
 

@@ -165,7 +165,7 @@ def _result(posterior: Posterior, rungs: list[Rung], runs: list[Run]) -> Posteri
     checks = [
         precision(names, values),
         sds(names, values),
-        _evidence(se),
+        evidence(se),
         _settled(early, log_z) if bridged else _agreement(posterior, level, se),
         *_steps(runs),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
@@ -227,7 +227,7 @@ def _errors(a: Estimates, b: Estimates) -> list[tuple[Tensor, Tensor]]:
     return [(getattr(a, name), getattr(b, name)) for name in ("mean_se", "log_sd_se", "probability_se")]
 
 
-def _evidence(se: float) -> Check:
+def evidence(se: float) -> Check:
     passed = se < EVIDENCE_SE
     sentence = f"the standard error of log Ẑ over the runs is {se:.4f}" + (
         "" if passed else f", not below {EVIDENCE_SE}"

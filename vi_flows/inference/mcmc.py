@@ -27,7 +27,7 @@ from .checks import (
     tails_of_means,
     unseen_moments,
 )
-from .correct import bridge, replicate_se, walk_of_necks
+from .correct import bridge, evidence, replicate_se, walk_of_necks
 from .fit import threads as torch_threads
 from .judge import CARRIED, CAVEATS, CONDITION, Verdict
 from .necks import necks
@@ -171,15 +171,14 @@ def _independent(posterior: Posterior, method: str, chains: int) -> Chains:
 
 def _result(posterior: Posterior, made: Chains) -> Posterior:
     """The posterior with the chains' states in place of the proposal's draws, judged by how the chains mix."""
-    x, log_p, before = made.x.flatten(0, 1), made.log_p.flatten(), posterior.proposal
+    x, log_p = made.x.flatten(0, 1), made.log_p.flatten()
     # in the form of importance weights: log q = log p − log Ẑ, so that all weigh the same
     even = torch.full_like(log_p, -math.log(len(log_p)), dtype=torch.float64)
     names, theta = flatten(posterior.target.constrain(x))
     columns = vary(theta)
     if not len(columns):
         raise ValueError("mcmc: expected chains that move, got none that does; start elsewhere by another seed= or fit")
-    names, theta, alive = [names[i] for i in columns.tolist()], theta[:, columns], carrying(before.log_w)
-    given = flatten(posterior.target.constrain(before.x[alive]))[1][:, columns]
+    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     independent = estimate(theta, even)
     values, mixing = _estimates(theta, independent, len(made.x)), _mixing(names, theta, len(made.x))
     unseen = unseen_moments(theta, values, even, len(theta))
@@ -189,21 +188,11 @@ def _result(posterior: Posterior, made: Chains) -> Posterior:
         precision(names, _thirds(values)),
         tails_of_means(names, unseen),
         sds(names, values, unseen),
-        _alone("they leave out a neck")
-        if made.evidence
-        else _agreement(names, theta, values, estimate(given, before.log_w[alive].double()), before.log_w),
+        *_beside_weights(posterior, made, names, theta, columns, values),
         *(c for c in posterior.verdict.checks if c.name in CARRIED),
         *necks(posterior.target, Weights(x, even, torch.zeros_like(even))),
     ]
-    more = float((values.mean_se / independent.mean_se).nanmedian())
-    weights = "k̂ and ESS are those of the fit's importance weights"
-    weights = (
-        f"log evidence is a bridge from q to the states, {weights}" if made.evidence else f"log evidence, {weights}"
-    )
-    note = (
-        f"mcmc: {made.words}; standard errors of means over the chains are, in the median, {more:.1f} times those of "
-        f"independent draws, which summary() shows. {weights}."
-    )
+    note = _note(made, float((values.mean_se / independent.mean_se).nanmedian()))
     level, error = made.evidence or (posterior.log_evidence, posterior.log_evidence_se)
     how = {"rhat": mixing[0].statistic, "ess": LEAST_ESS / mixing[1].statistic, **made.how}
     return dataclasses.replace(
@@ -216,6 +205,28 @@ def _result(posterior: Posterior, made: Chains) -> Posterior:
         settings={**posterior.settings, "mcmc": how},
         timing=dict(posterior.timing),
         stored=None,
+    )
+
+
+def _beside_weights(
+    posterior: Posterior, made: Chains, names: list[str], theta: Tensor, columns: Tensor, values: Estimates
+) -> list[Check]:
+    """Agreement with the importance weights; or, where these leave out a neck, the evidence that is told without."""
+    if made.evidence:
+        return [_alone("they leave out a neck"), evidence(made.evidence[1])]
+    log_w = posterior.proposal.log_w
+    alive = carrying(log_w)
+    given = flatten(posterior.target.constrain(posterior.proposal.x[alive]))[1][:, columns]
+    return [_agreement(names, theta, values, estimate(given, log_w[alive].double()), log_w)]
+
+
+def _note(made: Chains, more: float) -> str:
+    """How the chains were made, and what their errors and the posterior's other numbers are."""
+    weights = "k̂ and ESS are those of the fit's importance weights"
+    bridge_of = "log evidence is a bridge from the proposal to the states, "
+    return (
+        f"mcmc: {made.words}; standard errors of means over the chains are, in the median, {more:.1f} times those of "
+        f"independent draws, which summary() shows. {bridge_of if made.evidence else 'log evidence, '}{weights}."
     )
 
 
