@@ -97,13 +97,18 @@ def _candidates(target: Target, x: Tensor, sd: Tensor) -> Tensor:
 
 
 def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
-    """The funnel of coordinate v at whichever end curvature is greater, or None, all in units of sd.
+    """The funnel of coordinate v with the most directions, by the curvature at one end or the other, or None.
 
+    Other scales differ between the ends: where one of them narrows the same children, it hides v. All in units of sd.
     ends: (2, dim). curvature: (4, 2, dim, dim) and gradient: (4, 2, dim) of log p, each at one and the other side of
     the ends, and of points ``AWAY`` steps on.
     """
-    end = int(curvature[:2].diagonal(dim1=-2, dim2=-1).abs().sum((0, -1)).nan_to_num(0.0).argmax())
-    curvature, gradient = curvature[:, end], gradient[:, end]
+    found = [_funnel_at(v, ends[k], curvature[:, k], gradient[:, k], sd) for k in range(len(ends))]
+    return max((f for f in found if f is not None), key=lambda f: f.rank, default=None)
+
+
+def _funnel_at(v: int, end: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
+    """The same by one end (dim,), with curvature (4, dim, dim) and gradient (4, dim) there."""
     change, later = curvature[1] - curvature[0], curvature[3] - curvature[2]
     size = (curvature[1] + curvature[0]).diagonal().abs() / 2
     share = change.diagonal().abs() / (2 * STEP * size.clamp_min(1e-300))
@@ -121,7 +126,7 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     kept = eigenvalues > FLAT * eigenvalues[-1]
     scaled = vectors[:, kept]
     pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[kept]
-    centre = ends[end].clone()
+    centre = end.clone()
     centre[children] += block.diagonal().sum().sign() * (scaled @ pull)
     projector = torch.zeros_like(curvature[0])
     projector[children[:, None], children] = scaled @ scaled.mT
