@@ -12,10 +12,10 @@ import torch
 from test_pyro_model import BY_VMAP, FEW, SIGMA, Y, branch, conjugate, eight_schools, many_supports, one_by_one, small
 
 import vi_flows as vf
-from vi_flows.inference import steps as steps_module
-from vi_flows.inference.objectives import elbo
-from vi_flows.inference.steps import Flat, Gradient, Step
-from vi_flows.inference.training import train
+from vi_flows.inference.train import step as steps_module
+from vi_flows.inference.train.loop import train
+from vi_flows.inference.train.objectives import elbo
+from vi_flows.inference.train.step import Flat, Gradient, Step
 from vi_flows.targets import PyroModel
 from vi_flows.targets.capture import WAIT, Captured
 from vi_flows.targets.recording import NotRecordedError, Program, Recorder

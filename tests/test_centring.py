@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.centring import choose_centring, learned
-from vi_flows.inference.gaussian import Gaussians
-from vi_flows.inference.necks import funnels, necks
+from vi_flows.inference.estimate.weights import Weights, mean_elbo
+from vi_flows.inference.judge.necks import funnels, necks
+from vi_flows.inference.locate.centring import choose_centring, learned
+from vi_flows.inference.locate.gaussian import Gaussians
 from vi_flows.inference.scoring import as_flow
-from vi_flows.inference.weights import Weights, mean_elbo
 from vi_flows.targets import LogDensity, PyroModel
 from vi_flows.testing.calibration import draw_errors, known_target
 from vi_flows.testing.hierarchies import Hierarchy

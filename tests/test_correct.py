@@ -11,13 +11,14 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
-from vi_flows.inference import annealing, correct
-from vi_flows.inference.checks import Check
-from vi_flows.inference.clock import Clock
-from vi_flows.inference.gaussian import Gaussians
-from vi_flows.inference.judge import CARRIED
-from vi_flows.inference.progress import Progress
-from vi_flows.inference.proposal import DefensiveProposal
+from vi_flows.inference.correct.anneal import anneal as correct
+from vi_flows.inference.correct.anneal import smc as annealing
+from vi_flows.inference.judge.checks import Check
+from vi_flows.inference.judge.proposal import DefensiveProposal
+from vi_flows.inference.judge.verdict import CARRIED
+from vi_flows.inference.locate.gaussian import Gaussians
+from vi_flows.progress import Progress
+from vi_flows.running import Clock
 
 LOG_2PI = math.log(2 * math.pi)
 FEW = {"particles": 400, "replicates": 4}

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference import fit as fit_module
-from vi_flows.inference import training
-from vi_flows.inference.clock import FLOOR, Clock, late
-from vi_flows.inference.training import train
-from vi_flows.inference.weights import log_weights, mean_elbo
+from vi_flows.inference import candidates as fit_module
+from vi_flows.inference.estimate.weights import log_weights, mean_elbo
+from vi_flows.inference.train import loop as training
+from vi_flows.inference.train.loop import train
+from vi_flows.running import FLOOR, Clock, late
 
 Normal = torch.distributions.Normal
 QUICK = {"progress": False, "steps": 150, "particles": 128, "num_draws": 2000}
@@ -546,8 +546,8 @@ def test_nan_where_no_start_looked_is_named():
         vf.fit(target, **QUICK)
 
 
-def test_a_target_of_ones_own_needs_three_names():
-    class Ball:
+def test_a_target_of_ones_own():
+    class Ball(vf.Target):
         dim = 2
 
         def log_prob(self, x):

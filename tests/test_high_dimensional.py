@@ -7,9 +7,9 @@ import torch
 
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture
-from vi_flows.inference.gaussian import Gaussians, spread_of
-from vi_flows.inference.initialise import DENSE_DIMS, start_points
-from vi_flows.inference.lowrank_locating import (
+from vi_flows.inference.estimate.quantities import estimate
+from vi_flows.inference.locate.gaussian import Gaussians, spread_of
+from vi_flows.inference.locate.large import (
     MEMORY,
     Paths,
     curvature_vi,
@@ -19,7 +19,7 @@ from vi_flows.inference.lowrank_locating import (
     travel,
     whitened_curvature,
 )
-from vi_flows.inference.quantities import estimate
+from vi_flows.inference.locate.points import DENSE_DIMS, start_points
 
 
 @pytest.fixture(autouse=True)

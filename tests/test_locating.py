@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.gaussian import Gaussians, gaussian_vi, improved
-from vi_flows.inference.initialise import locate, start_points
-from vi_flows.inference.optimise import bfgs_paths, hessians, newton
-from vi_flows.inference.proposal import DefensiveProposal
-from vi_flows.inference.weights import effective_sample_size, log_mean
+from vi_flows.inference.estimate.evaluate import hessians
+from vi_flows.inference.estimate.weights import effective_sample_size, log_mean
+from vi_flows.inference.judge.proposal import DefensiveProposal
+from vi_flows.inference.locate.ascent import bfgs_paths, newton
+from vi_flows.inference.locate.gaussian import Gaussians, gaussian_vi, improved
+from vi_flows.inference.locate.locate import locate
+from vi_flows.inference.locate.points import start_points
 from vi_flows.testing.synthetic import synthetic
 
 Normal = torch.distributions.Normal

@@ -13,9 +13,10 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
-from vi_flows.inference import independence, mcmc, neutra
-from vi_flows.inference.checks import Check
-from vi_flows.inference.quantities import estimate
+from vi_flows.inference.correct.anneal import chains as mcmc
+from vi_flows.inference.correct.anneal import independence, neutra
+from vi_flows.inference.estimate.quantities import estimate
+from vi_flows.inference.judge.checks import Check
 
 LOC, COVARIANCE = torch.tensor([1.0, -2.0]).double(), torch.tensor([[1.0, 1.2], [1.2, 4.0]]).double()
 FEW = {"chains": 4, "draws": 250, "warmup": 100, "seed": 2}

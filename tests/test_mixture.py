@@ -7,10 +7,11 @@ import torch
 
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture, StandardNormal
-from vi_flows.inference.gaussian import Gaussians, gaussian_vi, scale_of
-from vi_flows.inference.initialise import _mixture, locate, start_points
-from vi_flows.inference.mixture import DRAWS, PATIENCE, adapt_mixture, log_weights_of, whitened
-from vi_flows.inference.weights import effective_sample_size, log_mean
+from vi_flows.inference.estimate.weights import effective_sample_size, log_mean
+from vi_flows.inference.locate.gaussian import Gaussians, gaussian_vi, scale_of
+from vi_flows.inference.locate.locate import _mixture, locate
+from vi_flows.inference.locate.mixture import DRAWS, PATIENCE, adapt_mixture, log_weights_of, whitened
+from vi_flows.inference.locate.points import start_points
 from vi_flows.targets import LogDensity, catalogue
 
 

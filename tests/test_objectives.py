@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.objectives import elbo, iwae, renyi
-from vi_flows.inference.psis import khat, khat_upper, smooth
-from vi_flows.inference.quantities import estimate, flatten, resample
-from vi_flows.inference.training import Flat, Step
-from vi_flows.inference.weights import effective_sample_size, log_mean, log_mean_se, log_weights, mean_elbo
+from vi_flows.inference.estimate.psis import khat, khat_upper, smooth
+from vi_flows.inference.estimate.quantities import estimate, flatten, resample
+from vi_flows.inference.estimate.weights import effective_sample_size, log_mean, log_mean_se, log_weights, mean_elbo
+from vi_flows.inference.train.loop import Flat, Step
+from vi_flows.inference.train.objectives import elbo, iwae, renyi
 
 
 def gaussian_flow(dim: int, mean: float, sd: float) -> vf.Flow:

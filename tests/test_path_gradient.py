@@ -15,8 +15,8 @@ from vi_flows.flows.inversion import where_converged
 from vi_flows.flows.lowrank import Radial
 from vi_flows.flows.parameters import Parametric
 from vi_flows.guides.auto_flow import PathScored
-from vi_flows.inference import steps as steps_module
-from vi_flows.inference.steps import Flat, Gradient, Step
+from vi_flows.inference.train import step as steps_module
+from vi_flows.inference.train.step import Flat, Gradient, Step
 
 VARIANTS = {name: (name, {}) for name in recipes.__all__} | {
     "householder": ("sylvester", {"kind": "householder"}),

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.posterior import seeded
-from vi_flows.inference.proposal import DefensiveProposal
-from vi_flows.inference.propriety import combination, improper, slow_combinations, slow_rays
+from vi_flows.inference.estimate.weights import Weights
+from vi_flows.inference.judge.proposal import DefensiveProposal
+from vi_flows.inference.judge.propriety import combination, improper, slow_combinations, slow_rays
 from vi_flows.inference.start import starts
-from vi_flows.inference.weights import Weights
+from vi_flows.running import seeded
 
 IMPROPER = {
     "rises": (lambda x: -0.5 * x[:, 0] ** 2 + 0.1 * x[:, 1], {"+x[1]"}),

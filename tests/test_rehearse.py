@@ -20,9 +20,9 @@ from pyro.nn import PyroModule, PyroSample
 from scipy import stats
 
 import vi_flows as vf
-from vi_flows.inference.ranks import Rate, Uniformity, normalised_ranks
-from vi_flows.inference.refits import RankCheck, Row
-from vi_flows.inference.rehearse import Rehearsal, rehearse
+from vi_flows.inference.rehearse.ranks import Rate, Uniformity, normalised_ranks
+from vi_flows.inference.rehearse.refits import RankCheck, Row
+from vi_flows.inference.rehearse.rehearse import Rehearsal, rehearse
 from vi_flows.targets.pyro_simulate import check_prior, conditioned_on_data, simulate, with_data, with_replicate
 from vi_flows.testing import simulation_based_calibration
 
@@ -495,10 +495,10 @@ def test_rehearsed_posteriors_condition_on_both_data_sets(fitted, monkeypatch):
     """Exact draws of p(θ|y, y*) are calibrated with θ*; those of p(θ|y*), and of p(θ|y), are not."""
 
     def with_fitter(parts, k=60):
-        def fitter(target, seed, **_):
+        def fitter(target, *_):
             return Normal(SimpleNamespace(observed={name: target.observed[name] for name in parts}))
 
-        monkeypatch.setattr("vi_flows.inference.rehearse.fit", fitter)
+        monkeypatch.setattr("vi_flows.inference.rehearse.rehearse.fitted", fitter)
         return rehearse(fitted, k)
 
     assert with_fitter(["y", "y__replicate"]).departures() == []
@@ -508,14 +508,15 @@ def test_rehearsed_posteriors_condition_on_both_data_sets(fitted, monkeypatch):
 
 def test_false_claims_of_overconfident_refits_show(fitted, monkeypatch):
     monkeypatch.setattr(
-        "vi_flows.inference.rehearse.fit", lambda target, seed, **_: Normal(target, scale=0.3, status="corrected")
+        "vi_flows.inference.rehearse.rehearse.fitted",
+        lambda target, *_: Normal(target, scale=0.3, status="corrected"),
     )
     found = rehearse(fitted, 30)
     assert found.false_claims.interval[0] > 0.01
     text = "\n".join(found.sentences)
     assert "departs from what is right: mu: true values scatter" in text and "nothing departs" not in text
     monkeypatch.setattr(
-        "vi_flows.inference.rehearse.fit", lambda target, seed, **_: Normal(target, status="unreliable")
+        "vi_flows.inference.rehearse.rehearse.fitted", lambda target, *_: Normal(target, status="unreliable")
     )
     found = rehearse(fitted, 2)
     assert "nothing was claimed" in str(found) and found.false_claims.upper == 1

@@ -19,7 +19,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 import vi_flows as vf
-from vi_flows.inference import psis
+from vi_flows.inference.estimate import psis
 from vi_flows.report import panels, self_test
 from vi_flows.report.draws import select
 from vi_flows.report.plots import KINDS

@@ -12,14 +12,14 @@ import torch
 
 import vi_flows as vf
 from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
-from vi_flows.inference.clock import Clock
-from vi_flows.inference.conditional import Conditional
-from vi_flows.inference.gaussian import Gaussians
-from vi_flows.inference.initialise import start_points
-from vi_flows.inference.regressed import around
-from vi_flows.inference.sparsity import coloured, curvature, elimination, pattern, probing
-from vi_flows.inference.structured import Marginal, degree_of, like, locate_structured, split
-from vi_flows.inference.weights import log_weights
+from vi_flows.inference.estimate.weights import log_weights
+from vi_flows.inference.locate.gaussian import Gaussians
+from vi_flows.inference.locate.points import start_points
+from vi_flows.inference.structured.conditional import Conditional
+from vi_flows.inference.structured.locate import Marginal, degree_of, like, locate_structured, split
+from vi_flows.inference.structured.regressed import around
+from vi_flows.inference.structured.sparsity import coloured, curvature, elimination, pattern, probing
+from vi_flows.running import Clock
 from vi_flows.testing import check_flow
 
 

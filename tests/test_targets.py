@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from vi_flows.inference.optimise import value_and_grad
+from vi_flows.inference.estimate.evaluate import value_and_grad
 from vi_flows.targets import Energy, LogDensity, Target, check_finite, check_target, resolve_target, settle_dtype
 from vi_flows.targets.values import BELIEVED, precision_of, told_of_values
 
@@ -291,7 +291,7 @@ def test_the_coarsest_precision_is_found(name):
     assert precision_of(LogDensity(fn, dim=DIM), points()) == dtype
 
 
-class Custom:
+class Custom(Target):
     dim = DIM
 
     def log_prob(self, x):

@@ -9,7 +9,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import nn
 
 from vi_flows.flows import recipes
-from vi_flows.inference.posterior import seeded
+from vi_flows.running import seeded
 from vi_flows.vae.likelihoods import LIKELIHOODS
 from vi_flows.vae.model import POSTERIORS, VAE, Architecture, build
 from vi_flows.vae.objectives import OBJECTIVES, elbo

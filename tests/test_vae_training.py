@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 
 from vi_flows.cli import main
-from vi_flows.inference.posterior import seeded
-from vi_flows.inference.training import DivergedError
+from vi_flows.errors import DivergedError
+from vi_flows.running import seeded
 from vi_flows.vae import checkpoint
 from vi_flows.vae.checkpoint import Run
 from vi_flows.vae.data import load

@@ -14,17 +14,14 @@ from vi_flows.flows.bases import StandardNormal
 from vi_flows.flows.distribution import Flow
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
-from vi_flows.inference import checks, probing
-from vi_flows.inference.clock import Clock
-from vi_flows.inference.gaussian import Gaussians
-from vi_flows.inference.initialise import FRESH
-from vi_flows.inference.judge import FIRST, judge
-from vi_flows.inference.posterior import seeded
-from vi_flows.inference.proposal import DefensiveProposal
-from vi_flows.inference.propriety import FAR, far_shares
-from vi_flows.inference.psis import hidden, khat, khat_upper, tail_size
-from vi_flows.inference.quantities import estimate
-from vi_flows.inference.weights import Weights, log_mean
+from vi_flows.inference.estimate.psis import hidden, khat, khat_upper, tail_size
+from vi_flows.inference.estimate.quantities import estimate
+from vi_flows.inference.estimate.weights import Weights, log_mean
+from vi_flows.inference.judge.proposal import DefensiveProposal
+from vi_flows.inference.judge.propriety import FAR, far_shares
+from vi_flows.inference.judge.verdict import FIRST, checks, judge, probing
+from vi_flows.inference.locate.gaussian import FRESH, Gaussians
+from vi_flows.running import Clock, seeded
 from vi_flows.testing.synthetic import Funnel, synthetic
 
 LOG_2PI = math.log(2 * math.pi)

@@ -1,17 +1,16 @@
 """vi_flows: variational inference and Bayesian sampling with normalizing flows, and a verdict on every fit."""
 
-from . import testing
+from .errors import DivergedError
+from .fitting.diagnose import diagnose
+from .fitting.fit import fit
+from .fitting.posterior import Posterior, load
 from .flows import bases, recipes
 from .flows.distribution import Flow, FlowDistribution, NotConverged
 from .guides import AutoFlow
-from .inference.checkpoint import load
-from .inference.diagnose import diagnose
-from .inference.fit import fit
-from .inference.judge import Verdict
-from .inference.posterior import Posterior
-from .inference.training import DivergedError
-from .inference.weights import log_weights
+from .inference.estimate.weights import log_weights
+from .inference.judge.verdict import Verdict
 from .targets import Energy, LogDensity, PyroModel, Target, catalogue
+from .version import __version__
 
 __all__ = [
     "AutoFlow",
@@ -25,6 +24,7 @@ __all__ = [
     "PyroModel",
     "Target",
     "Verdict",
+    "__version__",
     "bases",
     "catalogue",
     "diagnose",
@@ -34,5 +34,3 @@ __all__ = [
     "recipes",
     "testing",
 ]
-
-__version__ = "0.1.0"

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import vi_flows as vf
-from vi_flows.inference.weights import effective_sample_size
+from vi_flows.inference.estimate.weights import effective_sample_size
 
 Density = Callable[[Any, Any], Any]  # (torch or jax.numpy, x (..., dim)) -> (...)
 WARMUP, STEPS = 1000, 2000  # of NUTS

@@ -26,9 +26,9 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 import vi_flows as vf
-from vi_flows.inference.optimise import value_and_grad
-from vi_flows.inference.psis import resampling_weights
-from vi_flows.inference.quantities import PROBABILITIES, carrying
+from vi_flows.inference.estimate.evaluate import value_and_grad
+from vi_flows.inference.estimate.psis import resampling_weights
+from vi_flows.inference.estimate.quantities import PROBABILITIES, carrying
 
 PRIORS: dict[str, Callable[[], Any]] = {
     "HalfNormal": lambda: dist.HalfNormal(1.0),

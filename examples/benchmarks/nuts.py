@@ -35,7 +35,7 @@ from rows import add_fit_arguments, read, write
 from suite import Case, add_arguments, cases
 
 import vi_flows as vf
-from vi_flows.inference.quantities import estimate
+from vi_flows.inference.estimate.quantities import estimate
 
 FOUR = ["eight_schools_noncentered", "kidscore_interaction", "arma11", "nes2000-nes"]
 ENOUGH = 400  # bulk ESS at which a chain ends

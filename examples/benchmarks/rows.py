@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vi_flows.atomic import replacing
 from vi_flows.cli.output import to_json
-from vi_flows.inference.checkpoint import replacing
 from vi_flows.testing.calibration import CLAIMED, LIMITS, PROBABILITIES
 
 __all__ = ["CLAIMED", "DRAWS", "PROBABILITIES"]

@@ -22,7 +22,7 @@ import torch
 from rows import read, write
 from torch import Tensor
 
-from vi_flows.inference.refits import Row
+from vi_flows.inference.rehearse.refits import Row
 from vi_flows.testing import simulation_based_calibration
 
 HEADER = f"{'model':<10} {'seed':>4} {'CPU s':>6} {'status':<10} {'p':>5}  failed checks"

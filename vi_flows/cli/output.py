@@ -17,7 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 
 import vi_flows as vf
-from vi_flows.inference.checkpoint import replacing
+
+from ..atomic import replacing
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -78,7 +79,7 @@ def _numbers(posterior: vf.Posterior) -> Table:
         "flow": posterior.flow_description,
         "time": f"{total:.1f} s ({stages})",
     }
-    known = getattr(posterior.target, "log_z", None)
+    known = posterior.target.log_z
     if known is not None:
         rows["known to be"] = f"{known:.3f} ({posterior.target.how}); error {posterior.log_evidence - known:+.3f}"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -96,7 +97,7 @@ def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> d
         "reasons": posterior.verdict.reasons,
         "checks": [dataclasses.asdict(check) for check in posterior.verdict.checks],
         **{name: getattr(posterior, name) for name in numbers},
-        "known_log_z": getattr(posterior.target, "log_z", None),
+        "known_log_z": posterior.target.log_z,
         "num_draws": len(posterior.draws),
         "dim": posterior.dim,
         "summary": {str(name): dict(row) for name, row in summary.iterrows()},

@@ -14,14 +14,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..inference.checkpoint import replacing
-from ..inference.fit import threads as torch_threads
-from ..inference.posterior import seeded
-from ..inference.progress import Progress
+from ..atomic import replacing
+from ..progress import Progress
+from ..running import seeded
+from ..running import threads as torch_threads
 from ..vae import checkpoint
 from ..vae.checkpoint import Run
 from ..vae.data import BINARISE, Images, load
 from ..vae.distributed import Workers, workers
+from ..vae.evaluation import evaluate
 from ..vae.likelihoods import LIKELIHOODS
 from ..vae.model import POSTERIORS, PRIORS, Architecture, build
 from ..vae.networks import NETWORKS
@@ -117,7 +118,6 @@ def evaluate_command(
 ) -> None:
     """The test likelihood with its error, what the posterior is worth, and a page of pictures."""
     from ..report.vae_page import write_page
-    from ..vae.evaluation import evaluate
 
     with workers() as processes, torch_threads(threads or torch.get_num_threads()):
         vae, run, history = checkpoint.load(_existing(folder))

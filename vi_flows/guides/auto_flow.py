@@ -21,10 +21,12 @@ from ..flows.bijection import Layer
 from ..flows.distribution import Flow, FlowDistribution
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
-from ..inference.centring import centred
-from ..inference.initialise import locate, start_points
-from ..inference.posterior import Posterior, seeded
+from ..inference.judge.fitted import Fitted
+from ..inference.locate.centring import centred
+from ..inference.locate.locate import locate
+from ..inference.locate.points import start_points
 from ..inference.start import FlowChoice, resolve_flow
+from ..running import seeded
 from ..targets import PyroModel
 from .recentring import RecentringLayer
 
@@ -75,7 +77,7 @@ class AutoFlow(AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: FlowChoice | Posterior | AutoFlow = "auto",
+        flow: FlowChoice | Fitted | AutoFlow = "auto",
         *args: Any,
         locate: bool = True,
         reparam: bool | Mapping[str, Any] = True,
@@ -109,7 +111,7 @@ class AutoFlow(AutoContinuous):
         if isinstance(choice, AutoFlow):
             choice.check_sites(self)
             return copy.deepcopy(choice.current())
-        if isinstance(choice, Posterior):
+        if isinstance(choice, Fitted):
             return self._from_posterior(choice)
         located = None
         if self._locate and not isinstance(choice, Flow):
@@ -131,7 +133,7 @@ class AutoFlow(AutoContinuous):
         whitening = Fixed(LowerTriangular, shift=best.loc[0], scale_tril=best.scale_tril[0])
         return [whitening, RecentringLayer(target)] if target.degrees else [whitening]
 
-    def _from_posterior(self, posterior: Posterior) -> Flow:
+    def _from_posterior(self, posterior: Fitted) -> Flow:
         if posterior.flow is None or not any(True for _ in posterior.flow.parameters()):
             raise ValueError("flow: expected a Posterior with a flow of its own, got one without; fit it by vf.fit")
         if posterior.dim != self.latent_dim:

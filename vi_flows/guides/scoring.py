@@ -21,9 +21,9 @@ from ..flows.bases import Base
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
-from ..inference.gaussian import from_covariance
+from ..inference.estimate.evaluate import BLOCK, in_blocks
+from ..inference.locate.gaussian import from_covariance
 from ..inference.scoring import as_flow
-from ..inference.weights import BLOCK, in_blocks
 from ..targets import PyroModel, Target
 from ..targets.pyro_run import ModelRun, base_of, first_line, is_plate
 from ..targets.pyro_sites import Site

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..flows.distribution import Flow
 from ..targets.target import Target
-from .posterior import Posterior
+from .judge.fitted import Fitted
 
 
 @functools.singledispatch
@@ -28,7 +28,7 @@ def _(q: Flow, target: Target, *args: Any, **kwargs: Any) -> Flow:
 
 
 @as_flow.register
-def _(q: Posterior, target: Target, *args: Any, **kwargs: Any) -> Flow:
+def _(q: Fitted, target: Target, *args: Any, **kwargs: Any) -> Flow:
     if q.flow is None:
         raise ValueError("guide: expected a Posterior with a flow, got one without; load it with vf.load(path, flow=)")
     return as_flow(q.flow, target)

@@ -16,13 +16,15 @@ from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target
-from .gaussian import Gaussians
-from .initialise import DENSE_DIMS, MANY_DIMS, Located, locate, start_points
-from .mixture import whitened
-from .posterior import Posterior, is_model
-from .regressed import around
+from ..targets.target import is_model
+from .judge.fitted import Fitted
+from .locate.gaussian import Gaussians
+from .locate.locate import Located, locate
+from .locate.mixture import whitened
+from .locate.points import DENSE_DIMS, MANY_DIMS, start_points
 from .scoring import as_flow
-from .structured import LEAST_DIM, Inside, locate_structured
+from .structured.locate import LEAST_DIM, Inside, locate_structured
+from .structured.regressed import around
 
 FlowChoice = str | Flow | Callable[[int], Flow]
 AROUND = 600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
@@ -56,7 +58,7 @@ class Starts:
 def outright(target: Target, choice: FlowChoice, init: Any, device: torch.device | str | None) -> Starts | None:
     """A structured start where that is asked for, or, of very many coordinates, where it pays: then nothing else is
     located, nor centred, for it follows necks as the model is written."""
-    if isinstance(init, Posterior) or callable(init) or not (choice == "structured" or target.dim > MANY_DIMS):
+    if isinstance(init, Fitted) or callable(init) or not (choice == "structured" or target.dim > MANY_DIMS):
         return None
     inside = _inside(target, choice, init_points(target, init), device)
     if inside is None:
@@ -70,7 +72,7 @@ def starts(
 ) -> Starts:
     """The chosen flow over what locating finds, also from points ``near`` (n, dim), or a copy of a warm start's."""
     place = {"device": device, "dtype": torch.float64}
-    if isinstance(init, Posterior) or callable(init):
+    if isinstance(init, Fitted) or callable(init):
         if choice != "auto":
             raise ValueError('flow: expected "auto" with init= a Posterior, Flow or guide, whose flow is trained on')
         return _warm_start(init, target, place)
@@ -157,13 +159,13 @@ def _because(choice: FlowChoice, variance: float) -> str:
 
 def _warm_start(init: Any, target: Target, place: dict[str, Any]) -> Starts:
     """A copy of the flow of a Posterior, of a Flow, or of an AutoFlow guide."""
-    if not isinstance(init, (Posterior, Flow)) and not isinstance(getattr(init, "flow", None), Flow):
+    if not isinstance(init, (Fitted, Flow)) and not isinstance(getattr(init, "flow", None), Flow):
         kind = type(init).__name__
         raise ValueError(f"init: expected a Posterior, a Flow or an AutoFlow, got {kind}, which cannot be trained on")
     flow = as_flow(init, target).requires_grad_().to(**place)
     if not any(True for _ in flow.parameters()):
         raise ValueError("init: expected a Posterior of a flow, got one of a guide or law that cannot be trained on")
-    if isinstance(init, Posterior):
+    if isinstance(init, Fitted):
         return Starts((Start(flow, init.flow_description, init.settings.get("recipe")),), init.modes)
     located = locate(target, start_points(target, device=place["device"]))  # for the modes alone
     return Starts((Start(flow, f"the flow of the {type(init).__name__} given", None),), located.modes, located.probes)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..flows.distribution import NotConverged
-from ..inference.posterior import Posterior, seeded
-from ..inference.psis import resampling_weights
-from ..inference.quantities import resample
-from ..inference.weights import in_blocks
+from ..inference.estimate.evaluate import in_blocks
+from ..inference.estimate.psis import resampling_weights
+from ..inference.estimate.quantities import resample
+from ..inference.judge.fitted import Fitted
+from ..running import seeded
 
 Values = dict[str, Tensor]
 
@@ -34,14 +35,14 @@ class Draws:
     index: Tensor | None = None
 
 
-def constraint(posterior: Posterior) -> Callable[[Tensor], Values] | None:
+def constraint(posterior: Fitted) -> Callable[[Tensor], Values] | None:
     """x (n, dim) -> named values; None for a model that was loaded without its target."""
     if posterior.target is not None:
         return posterior.target.constrain
     return None if posterior.settings.get("model") else lambda x: {"x": x}
 
 
-def weighted_draws(posterior: Posterior, n: int, seed: int | None) -> Draws:
+def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:
     """n equally weighted draws of the target, as ``posterior.sample`` makes them: the proposal's, resampled.
 
     Raises ValueError if n is not positive, or exceeds the stored draws of a model loaded without its target.
@@ -57,7 +58,7 @@ def weighted_draws(posterior: Posterior, n: int, seed: int | None) -> Draws:
         return Draws(constrain(x), x, log_q, log_p, log_p - log_q, index)
 
 
-def flow_draws(posterior: Posterior, n: int | None = None) -> Draws:
+def flow_draws(posterior: Fitted, n: int | None = None) -> Draws:
     """The first n (None: all) draws of q with their log-weights, as they are.
 
     Raises ValueError if n is not between 1 and their number, or for a model that was loaded without its target.

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..inference.fit import Options
-from ..inference.initialise import ADAPTED
-from ..inference.posterior import Posterior, fixed
-from ..inference.psis import smooth
-from ..inference.quantities import flatten
-from ..inference.weights import log_density
+from ..inference.estimate.evaluate import log_density
+from ..inference.estimate.psis import smooth
+from ..inference.estimate.quantities import flatten
+from ..inference.judge.fitted import Fitted, fixed
+from ..inference.locate.gaussian import ADAPTED
+from ..inference.options import Options
 from ..targets import Energy, LogDensity, PyroModel, Target
 from . import markup, panels
 from .draws import constraint
@@ -37,7 +37,7 @@ CORRECTIONS = {  # methods of a posterior, and their arguments that are recorded
 }
 
 
-def write(posterior: Posterior, path: str | Path) -> Path:
+def write(posterior: Fitted, path: str | Path) -> Path:
     """Write the page of :func:`page` to ``path``, whole or not at all; its folder is made. Returns the path.
 
     Raises ValueError, in one line, for a path that does not end in .html or cannot be written, and for a posterior
@@ -48,7 +48,7 @@ def write(posterior: Posterior, path: str | Path) -> Path:
     return Path(path)
 
 
-def page(posterior: Posterior) -> str:
+def page(posterior: Fitted) -> str:
     """The posterior as an HTML document without scripts and outside resources."""
     chosen = panels.quantities(posterior, None)
     sections = [
@@ -70,7 +70,7 @@ def page(posterior: Posterior) -> str:
 # --- words and tables
 
 
-def _header(posterior: Posterior) -> str:
+def _header(posterior: Fitted) -> str:
     """The verdict as a headline, its sentences, and the numbers behind it."""
     lead, *reasons = posterior.verdict.reasons
     low, high = posterior.khat_interval
@@ -84,7 +84,7 @@ def _header(posterior: Posterior) -> str:
         "dimensions": f"{posterior.dim}, unconstrained",
         "flow": posterior.flow_description or "not recorded",
     }
-    known = getattr(posterior.target, "log_z", None)
+    known = posterior.target.log_z if posterior.target is not None else None
     if known is not None:
         rows["known to be"] = f"{known:.3f} ({posterior.target.how}); error {posterior.log_evidence - known:+.3f}"
     status = escape(posterior.verdict.status)
@@ -101,7 +101,7 @@ def _header(posterior: Posterior) -> str:
     )
 
 
-def _checks(posterior: Posterior) -> str:
+def _checks(posterior: Fitted) -> str:
     rows = [
         (c.name, _number(c.statistic), _number(c.bound), "yes" if c.passed else "no", c.sentence)
         for c in posterior.verdict.checks
@@ -110,7 +110,7 @@ def _checks(posterior: Posterior) -> str:
     return table(caption, ("check", "statistic", "bound", "passed", "in words"), rows, words=("in words",))
 
 
-def _summary(posterior: Posterior) -> str:
+def _summary(posterior: Fitted) -> str:
     frame = summary(posterior)
     rows = [(str(name), *map(_number, row)) for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
     caption = (
@@ -120,7 +120,7 @@ def _summary(posterior: Posterior) -> str:
     return _first_rows(caption, ("quantity", *frame.columns), rows)
 
 
-def _modes(posterior: Posterior) -> str:
+def _modes(posterior: Fitted) -> str:
     """Where the Gaussians lie that locating saw, the highest first, in named values where the target allows."""
     modes, constrain = posterior.modes, constraint(posterior)
     if modes is not None:
@@ -150,10 +150,10 @@ def _first_rows(caption: str, heads: Sequence[str], rows: list[Sequence[str]]) -
     return table(caption, heads, rows[:ROWS]) + left
 
 
-def _data(posterior: Posterior) -> str:
+def _data(posterior: Fitted) -> str:
     if posterior.target is None:
         return paragraph("Not at hand: this posterior was loaded without its target.")
-    observed = getattr(posterior.target, "observed", {})
+    observed = posterior.target.observed if posterior.target is not None else {}
     if not observed:
         return paragraph("None: the target observes no values.")
     rows = []
@@ -163,7 +163,7 @@ def _data(posterior: Posterior) -> str:
     return table("Observed values.", ("name", "shape", "type", "least", "greatest"), rows)
 
 
-def _making(posterior: Posterior) -> list[str]:
+def _making(posterior: Fitted) -> list[str]:
     total = sum(posterior.timing.values())
     stages = [(name, f"{s:.2f}", f"{s / max(total, 1e-9):.0%}") for name, s in posterior.timing.items()]
     settings = {name: repr(value) for name, value in posterior.settings.items()}
@@ -178,7 +178,7 @@ def _making(posterior: Posterior) -> list[str]:
     ]
 
 
-def code(posterior: Posterior) -> str:
+def code(posterior: Fitted) -> str:
     """Python that makes the posterior again: a call of fit or diagnose with the recorded options that differ from the
     defaults. What no record can hold (a flow, a guide, ``init``) is named in comments.
     """
@@ -243,7 +243,7 @@ def _number(value: float) -> str:
 # --- pictures
 
 
-def _trace(posterior: Posterior) -> str:
+def _trace(posterior: Fitted) -> str:
     steps = len(posterior.trace)
     alt = f"The ELBO in {steps} training steps" if steps else "No training steps"
     alt += f"; judging found an ELBO of {fixed(posterior.elbo)} and a {posterior.evidence_name} of "
@@ -252,7 +252,7 @@ def _trace(posterior: Posterior) -> str:
     return drawn(WIDE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
 
 
-def _weights(posterior: Posterior) -> str:
+def _weights(posterior: Fitted) -> str:
     alt = f"Shares of the draws above each weight: k̂ {posterior.khat:.2f} for the flow q, "
     alt += f"{smooth(posterior.proposal.log_w)[1]:.2f} for the proposal."
     caption = "Which share of the draws lies above each weight. A tail as flat as the dashed line has k̂ = 0.7."
@@ -308,6 +308,6 @@ def _both(chosen: Quantities) -> Callable[[Picture], None]:
     return draw
 
 
-def _density(posterior: Posterior) -> str:
+def _density(posterior: Fitted) -> str:
     alt = "Weighted draws over the contours of the target's density in its two unconstrained coordinates."
     return drawn(WIDE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))

@@ -10,10 +10,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from ..inference.posterior import Posterior, seeded
-from ..inference.psis import import_arviz
+from ..inference.estimate.psis import import_arviz
+from ..inference.judge.fitted import Fitted
+from ..running import seeded
 from ..targets import PyroModel, Target
 from ..targets.pyro_run import NUMERICAL, is_deterministic
+from ..targets.target import is_model
+from ..version import __version__
 from .draws import Draws, constraint, flow_draws, weighted_draws
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ CORRECTED = {
 
 
 def to_arviz(
-    posterior: Posterior,
+    posterior: Fitted,
     n: int | None,
     weighted: bool,
     seed: int | None,
@@ -75,7 +78,7 @@ def to_arviz(
         stored = len(next(iter(posterior.stored.values()))) if posterior.stored else 0
         most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored or DRAWS)
         drawn = weighted_draws(posterior, most if n is None else n, seed)
-    observed = _arrays(getattr(posterior.target, "observed", {}))
+    observed = _arrays(posterior.target.observed if posterior.target is not None else {})
     named = _arrays(drawn.values)
     if taken := {"chain", "draw"} & {*named, *observed}:
         raise ValueError(
@@ -92,7 +95,7 @@ def to_arviz(
         attrs=dict(attrs),
         posterior_attrs=attrs,
     )
-    if drawn.x is not None and hasattr(posterior.target, "coordinate_names"):
+    if drawn.x is not None and posterior.target is not None and is_model(posterior.target):
         data.add_groups(unconstrained_posterior=_unconstrained(drawn.x, posterior.target.coordinate_names()))
     return data
 
@@ -117,10 +120,8 @@ def _one_chain(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value[None] for name, value in values.items()}
 
 
-def _attrs(posterior: Posterior, weighted: bool, seed: int | None) -> dict[str, Any]:
+def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any]:
     """What the draws cannot tell, in the types that a netCDF file can hold: text, floats and lists of these."""
-    from .. import __version__
-
     numbers = ("khat", "ess", "elbo", "log_evidence", "log_evidence_se")
     corrected = [words for name, words in CORRECTED.items() if name in posterior.settings]
     attrs = {

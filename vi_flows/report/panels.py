@@ -15,11 +15,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from ..inference.posterior import Posterior, fixed
-from ..inference.psis import import_arviz, smooth, tail_size
-from ..inference.quantities import flatten, vary
-from ..inference.training import WINDOW
-from ..inference.weights import log_density, log_mean
+from ..inference.estimate.evaluate import log_density
+from ..inference.estimate.psis import import_arviz, smooth, tail_size
+from ..inference.estimate.quantities import flatten, vary
+from ..inference.estimate.weights import log_mean
+from ..inference.judge.fitted import Fitted, fixed
+from ..inference.train.loop import WINDOW
+from ..targets.target import is_model
 from .draws import constraint, select, variable, weighted_draws
 
 Q, TARGET, DARK, LIGHT = "#D55E00", "#0072B2", "#333333", "#999999"  # Okabe and Ito: told apart by the colour-blind
@@ -56,7 +58,7 @@ class Quantities:
         return min(low for low, _ in ends), max(high for _, high in ends)
 
 
-def quantities(posterior: Posterior, var_names: str | Sequence[str] | None) -> Quantities:
+def quantities(posterior: Fitted, var_names: str | Sequence[str] | None) -> Quantities:
     """The quantities that var_names keep, see :func:`select`, with their draws."""
     constrain = constraint(posterior)
     if constrain is None and posterior.stored is None:
@@ -71,7 +73,7 @@ def quantities(posterior: Posterior, var_names: str | Sequence[str] | None) -> Q
     return Quantities([names[i] for i in keep], weighted[:, keep].cpu().numpy(), raw)
 
 
-def trace(ax: Axes, posterior: Posterior) -> None:
+def trace(ax: Axes, posterior: Fitted) -> None:
     """The ELBO in training, noisy and averaged, below the ELBO and the log evidence that judging found."""
     values = np.asarray(posterior.trace, dtype=float)
     window = max(min(WINDOW, len(values) // 4), 1)
@@ -100,7 +102,7 @@ def trace(ax: Axes, posterior: Posterior) -> None:
         ax.legend(loc="best" if len(values) < 5000 else "lower right")  # the best place takes long to find among many
 
 
-def weights(ax: Axes, posterior: Posterior) -> None:
+def weights(ax: Axes, posterior: Fitted) -> None:
     """How the largest weights are spread, for q and for the proposal: the share of draws above each weight.
 
     In these coordinates a tail of shape k ends in a line of slope −1/k; the dashed one is where k = 0.7 would lead.
@@ -214,14 +216,14 @@ def pairs(figure: FigureBase, chosen: Quantities, limit: int, diagonal: bool = T
     figure.suptitle(_counted("pairs, weighted draws", shown, chosen), fontsize="medium")
 
 
-def no_density(posterior: Posterior) -> str:
+def no_density(posterior: Fitted) -> str:
     """Why the density cannot be drawn; empty if it can."""
     if posterior.dim != 2:
         return f"two coordinates, got {posterior.dim}; use kind='pairs'"
     return "" if posterior.target is not None else "a target, got none; load it with vf.load(path, target=...)"
 
 
-def density(ax: Axes, posterior: Posterior) -> None:
+def density(ax: Axes, posterior: Fitted) -> None:
     """Weighted draws over the contours of p in its two (unconstrained) coordinates."""
     dots = weighted_draws(posterior, DRAWS, seed=0).x.cpu()
     spans = [_widened(*_span(dots[:, i].numpy())) for i in (0, 1)]
@@ -235,8 +237,8 @@ def density(ax: Axes, posterior: Posterior) -> None:
     surface = (*(axis.numpy() for axis in axes), p.reshape(GRID, GRID).T)
     ax.contourf(*surface, levels=[*levels, 1.001], colors=["#E3ECF4", "#B9D0E5", "#86B0D5"][-len(levels) :])
     ax.plot(*dots[:DOTS].numpy().T, ".", ms=3, mew=0, alpha=0.6, color=DARK, rasterized=True)
-    names = getattr(posterior.target, "coordinate_names", None)
-    labels = [f"{_plain(name)} (unconstrained)" for name in names()] if names else ["x[0]", "x[1]"]
+    names, suffix = posterior.target.coordinate_names(), " (unconstrained)" if is_model(posterior.target) else ""
+    labels = [_plain(name) + suffix for name in names]
     ax.set(xlim=spans[0], ylim=spans[1], xlabel=labels[0], ylabel=labels[1])
     ax.set_title(f"weighted draws over p: {', '.join(f'{r:.0%}' for r in sorted(REGIONS))} regions")
 

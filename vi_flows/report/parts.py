@@ -15,8 +15,9 @@ import numpy as np
 import pyro
 import torch
 
-from ..inference.checkpoint import replacing
-from ..inference.psis import import_arviz
+from ..atomic import replacing
+from ..inference.estimate.psis import import_arviz
+from ..version import __version__
 from . import markup
 from .plots import STYLE, TICKS, Picture
 
@@ -59,8 +60,6 @@ def drawn(size: tuple[float, float], alt: str, caption: str, draw: Callable[[Pic
 
 
 def versions() -> dict[str, str]:
-    from .. import __version__
-
     packages = {"torch": torch, "pyro": pyro, "numpy": np, "arviz": import_arviz(), "matplotlib": matplotlib}
     others = {name: str(package.__version__) for name, package in packages.items()}
     return {"vi_flows": __version__, **others, "Python": platform.python_version()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from ..arguments import one_of
-from ..inference.posterior import Posterior
+from ..inference.judge.fitted import Fitted
 from . import panels
 from .panels import COLUMNS, Quantities, quantities
 
@@ -38,15 +39,13 @@ class Picture(Figure):
     """A figure of no window, so that nothing global is touched; it shows itself in a notebook."""
 
     def _repr_png_(self) -> bytes:
-        from io import BytesIO
-
         buffer = BytesIO()
         self.savefig(buffer, format="png", dpi=DPI)
         return buffer.getvalue()
 
 
 def plot(
-    posterior: Posterior,
+    posterior: Fitted,
     kind: str = "overview",
     path: str | Path | None = None,
     *,
@@ -86,7 +85,7 @@ def plot(
     return figure
 
 
-def _title(figure: Figure, posterior: Posterior) -> None:
+def _title(figure: Figure, posterior: Fitted) -> None:
     """The verdict with its numbers, and below it what stands against the fit."""
     status, (low, high) = posterior.verdict.status, posterior.khat_interval
     numbers = (
@@ -99,7 +98,7 @@ def _title(figure: Figure, posterior: Posterior) -> None:
     figure.suptitle("\n".join(lines), color=COLOURS.get(status), fontsize=9.5)
 
 
-def _overview(figure: Figure, posterior: Posterior, var_names: str | Sequence[str] | None) -> None:
+def _overview(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen = quantities(posterior, var_names)
     rows = math.ceil(min(len(chosen.names), FEW) / COLUMNS)
     top = figure
@@ -123,14 +122,14 @@ def _overview(figure: Figure, posterior: Posterior, var_names: str | Sequence[st
 def _single(panel: Callable) -> Callable:
     """A kind that is one panel of its own."""
 
-    def draw(figure: Figure, posterior: Posterior, var_names: str | Sequence[str] | None) -> None:
+    def draw(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
         figure.set_size_inches(6.5, 4.5)
         panel(figure.subplots(), posterior)
 
     return draw
 
 
-def _marginals(figure: Figure, posterior: Posterior, var_names: str | Sequence[str] | None) -> None:
+def _marginals(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen = quantities(posterior, var_names)
     limit = FEW if var_names is None else MANY
     rows, columns = divmod(min(len(chosen.names), limit) - 1, COLUMNS)
@@ -138,7 +137,7 @@ def _marginals(figure: Figure, posterior: Posterior, var_names: str | Sequence[s
     panels.marginals(_below(figure), chosen, limit)
 
 
-def _pairs(figure: Figure, posterior: Posterior, var_names: str | Sequence[str] | None) -> None:
+def _pairs(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen: Quantities = quantities(posterior, var_names)
     limit = FEW_PAIRS if var_names is None else MANY_PAIRS
     side = max(1.9 * min(len(chosen.names), limit), 5.0)

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..inference.posterior import Posterior
-from ..inference.psis import khat
-from ..inference.quantities import Estimates, carrying, estimate, flatten, vary
-from ..inference.weights import effective_sample_size
+from ..inference.estimate.psis import khat
+from ..inference.estimate.quantities import Estimates, carrying, estimate, flatten, vary
+from ..inference.estimate.weights import effective_sample_size
+from ..inference.judge.fitted import Fitted
 from .draws import constraint, select
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def summary(
-    posterior: Posterior, var_names: str | Sequence[str] | None = None, round_to: int | None = None
-) -> DataFrame:
+def summary(posterior: Fitted, var_names: str | Sequence[str] | None = None, round_to: int | None = None) -> DataFrame:
     """A table of the weighted draws of the defensive proposal, one row per quantity, named as ArviZ names them.
 
     Columns: mean, sd, 5%, 50%, 95%; mcse_mean, mcse_sd, the standard errors of the first two; ess = (sd/mcse_mean)²,
@@ -65,7 +63,7 @@ def summary(
     return table if round_to is None else table.round(round_to)
 
 
-def _quantities(posterior: Posterior) -> tuple[list[str], Tensor, Tensor]:
+def _quantities(posterior: Fitted) -> tuple[list[str], Tensor, Tensor]:
     """Names, theta (S, Q) and log_w (S,) of the proposal's draws; of the stored ones, of equal weight, where a model
     came without its target.
     """

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imsave
 from torch import Tensor
 
-from ..inference.posterior import seeded
+from ..running import seeded
 from ..vae.bounds import evaluating
 from ..vae.evaluation import ACTIVE, LIMIT, Estimate, Evaluation
 from ..vae.model import VAE

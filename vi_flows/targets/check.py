@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .target import LogDensity, Target, check_form
+from .density import LogDensity, check_form
+from .target import Target, is_model
 from .values import BELIEVED, SUNK, as_computed, beside_mass, precision_of, show
 
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}  # of two calls at the same x
@@ -36,7 +37,7 @@ def check_target(target: Target, x: Tensor) -> CheckReport:
     coordinate of influence. Raises ValueError, in one line that names the argument, what was expected, what came and
     the remedy. Points without a value count as −inf; where they lie beside high values a warning says so.
     """
-    name = getattr(target, "argument", "log_prob")
+    name = target.argument
     _check_points(x, target.dim)
     x = x.detach()
     log_p = _evaluate(target, x, name)
@@ -59,7 +60,7 @@ def where_it_starts(target: Target, x: Tensor, near: Tensor | None = None) -> Te
 
     near: (n, dim), those that the user gave; a model has draws of its prior.
     """
-    prior = getattr(target, "prior", None)
+    prior = target.prior
     if near is None and prior is None:
         return x
     try:
@@ -80,7 +81,7 @@ def settle_dtype(target: Target, x: Tensor) -> Target:
     That is a target that raises on float64 input but not on float32 (tensors or networks of its own in float32), or
     that computes in float32 whatever it is given. Raises ValueError as check_target does.
     """
-    can_move = getattr(target, "dtype", None) == torch.float64 and hasattr(target, "to")
+    can_move = target.movable and target.dtype == torch.float64
     try:
         report = check_target(target, x)
     except ValueError as error:
@@ -137,7 +138,7 @@ def _one_line(error: Exception, x: Tensor, name: str) -> ValueError:
 def _result_dtype(target: Target, x: Tensor) -> torch.dtype:
     """The dtype the target computes in, as far as its result tells."""
     if not isinstance(target, LogDensity):
-        return getattr(target, "dtype", x.dtype)
+        return target.dtype
     with torch.no_grad():
         return target.fn(x[:2].to(dtype=target.dtype, device=target.device, copy=True)).dtype
 
@@ -242,7 +243,7 @@ def _check_gradient_finite(target: Target, x: Tensor, log_p: Tensor, gradient: T
     bad = ~gradient.isfinite().all(-1) & finite
     matters = bad & (log_p > log_p[finite].max() - SUNK)  # below, arithmetic may be about to overflow
     count = int(bad.sum())
-    few = WITHOUT_GRADIENT * len(x) if getattr(target, "nonfinite", "raise") == "skip" else 0
+    few = WITHOUT_GRADIENT * len(x) if target.nonfinite == "skip" else 0
     if int(matters.sum()) > few or count > int(finite.sum()) / 2:
         i = int((matters if bool(matters.any()) else bad).nonzero()[0, 0])
         raise ValueError(
@@ -258,8 +259,7 @@ def _check_coordinates(target: Target, x: Tensor, log_p: Tensor, gradient: Tenso
         moved = x.clone()
         moved[:, j] += 1.0
         if torch.equal(_evaluate(target, moved, name), log_p):
-            names = getattr(target, "coordinate_names", None)
-            which = f"x[:, {j}]" + (f" ('{names()[j]}')" if names else "")
+            which = f"x[:, {j}]" + (f" ('{target.coordinate_names()[j]}')" if is_model(target) else "")
             raise ValueError(
                 f"{name}: expected every coordinate to matter, got no dependence on {which}, so that p has no "
                 "finite integral; lower dim, or give it a prior"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from .target import LogDensity
+from .density import LogDensity
 
 Box = tuple[tuple[float, float], tuple[float, float]]
 CELLS = 900  # of a grid on the plane, along each axis

@@ -15,12 +15,13 @@ from .pyro_centring import Centring, Frame
 from .pyro_modes import choose_mode
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
 from .pyro_sites import Site, account, inspect_model
+from .target import Target
 from .values import believed
 
 BLOCK = 4096
 
 
-class PyroModel:
+class PyroModel(Target):
     r"""The joint density of a Pyro model's latent sites and its data, over unconstrained x.
 
     .. math:: \log p(x) = \log p(T(x), \text{data}) + \log|\det dT/dx|, \quad T = \text{biject\_to(support) per site}
@@ -44,6 +45,8 @@ class PyroModel:
     discrete ones, supports that depend on latent values or have no bijection, subsampling, random structure or un-named
     random numbers, data that are empty, not finite, or broadcast against their distribution.
     """
+
+    movable = True
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._call = (model, args, kwargs)
@@ -164,6 +167,15 @@ class PyroModel:
     def forget(self) -> None:
         """Drop what has been recorded, as after a change in a number or tensor that the model reads."""
         self._captured.forget()
+
+    def fresh(self, capture: bool | str) -> PyroModel:
+        """The model with nothing recorded, for it may read something that has changed since; see :class:`Target`."""
+        self.forget()
+        if capture == "auto":
+            return self
+        other = copy.copy(self)
+        other.capture = capture
+        return other
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p of each row of x (N, dim), as (N,) in x's dtype; -inf where it is above values.BELIEVED, and, counted,

@@ -2,193 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
-
-from .pyro_model import PyroModel
-from .values import BELIEVED, believed, beside_mass, show
-
-POLICIES = ("raise", "skip")
-SKIPPED_WARN = 0.01
 
 
-@runtime_checkable
-class Target(Protocol):
-    """Anything with a dimension, a batched log density and named values.
+class Target:
+    """What is approximated: log p(x) on R^D, up to a constant, and how x becomes named values.
 
-    log_prob maps x (N, dim) to (N,), row by row, differentiably and without branching on values; constrain maps the
-    same x to a dict of tensors with leading dimension N. Optional: ``dtype``, ``to(dtype, device)``, ``nonfinite``
-    ("raise" or "skip").
+    A target of one's own is a subclass that sets ``dim`` and defines :meth:`log_prob`; the rest is what a fit asks
+    besides, with answers that hold for a plain density.
+
+    Attributes: dim, D. argument: what the user calls the function, for messages. dtype, device: where log p is
+    evaluated; movable: whether :meth:`to` gives others. nonfinite: what :func:`check_finite` does with NaN and +inf
+    beside values that matter: "raise", or "skip" (weight 0, counted). failed_rows: at how many rows a matrix routine
+    raised. names: of the latent sites of a model, None for a density; observed: its data by name; prior: count ->
+    draws of its prior (count, dim); mode, mode_reason: how a batch is evaluated; capture, capture_refused: whether by
+    recorded operations, and why not; degrees: of centring, by site. log_z, how: log ∫p where it is known, and whence.
     """
 
     dim: int
-
-    def log_prob(self, x: Tensor) -> Tensor: ...
-
-    def constrain(self, x: Tensor) -> dict[str, Tensor]: ...
-
-
-class LogDensity:
-    """The target log p(x) = fn(x), up to a constant.
-
-    fn: maps a float tensor x (N, dim) to the log densities (N,), differentiably and row by row. It is given a copy of x
-    in the target's own ``dtype`` (float64 unless changed by :meth:`to`), so it may work in place; the result returns in
-    x's dtype. dim: D, the number of coordinates of x.
-    nonfinite: what :func:`check_finite` does with NaN and +inf beside values that matter: "raise", or "skip" (weight 0,
-    counted).
-    Raises TypeError or ValueError for arguments of another kind.
-    """
-
-    argument = "log_prob"  # what the user calls fn, for messages
-    sign = 1
-
-    def __init__(self, fn: Callable[[Tensor], Tensor], dim: int, nonfinite: str = "raise") -> None:
-        if not callable(fn):
-            raise TypeError(
-                f"fn: expected a callable (N, dim) -> (N,), got {type(fn).__name__}; pass the function itself"
-            )
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(f"dim: expected a positive int, got {dim!r}; pass the number of coordinates of x")
-        if dim < 1:
-            raise ValueError(f"dim: expected a positive int, got {dim}; pass the number of coordinates of x")
-        if nonfinite not in POLICIES:
-            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
-        self.fn = fn
-        self.dim = dim
-        self.nonfinite = nonfinite
-        self.dtype = torch.float64
-        self.device: torch.device | None = None
-        self.failed_rows = 0  # rows at which fn raised torch.linalg.LinAlgError
+    argument = "log_prob"
+    dtype: torch.dtype = torch.float64
+    device: torch.device | None = None
+    movable = False
+    nonfinite = "raise"
+    failed_rows = 0
+    names: Sequence[str] | None = None
+    observed: Mapping[str, Tensor] = MappingProxyType({})
+    prior: Callable[[int], Tensor] | None = None
+    mode, mode_reason = "vmap", ""
+    capture: bool | str = "auto"
+    capture_refused = ""
+    degrees: Mapping[str, Tensor] = MappingProxyType({})
+    log_z: float | None = None
+    how = ""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,) in x's dtype, −inf where it is above values.BELIEVED.
-
-        Raises ValueError if fn's result has another form.
-        """
-        return believed(self.as_computed(x))
-
-    def as_computed(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,), whatever fn gives."""
-        if x.dim() != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
-        with _without_validation():  # points far out may overflow a distribution's parameters
-            value = self._evaluate(x.to(dtype=self.dtype, device=self.device)).to(dtype=x.dtype, device=x.device)
-        return value if self.sign > 0 else -value
-
-    def _evaluate(self, x: Tensor) -> Tensor:
-        """fn of the rows of x; where a matrix routine fails, by halves down to the row at fault: density 0."""
-        try:
-            value = self.fn(x.clone())  # a copy: fn may change its input in place
-        except torch.linalg.LinAlgError:
-            if len(x) == 1:
-                self.failed_rows += 1
-                return (0 * x.sum(-1)).masked_fill(
-                    torch.ones(1, dtype=torch.bool, device=x.device), -self.sign * torch.inf
-                )
-            half = len(x) // 2
-            return torch.cat([self._evaluate(x[:half]), self._evaluate(x[half:])])
-        check_form(value, x.shape[0], x.device, self.argument)
-        return value
+        """log p of each row of x (N, dim), as (N,): row by row, differentiably, without branching on values."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method log_prob(x), (N, dim) -> (N,), got none")
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
-        """The points under one name: {"x": x}."""
+        """Named values of x (N, dim), each with leading dimension N: {"x": x}."""
         return {"x": x}
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LogDensity:
-        """A copy whose fn is evaluated in another dtype or on another device."""
-        other = copy.copy(self)
-        other.dtype = other.dtype if dtype is None else dtype
-        other.device = other.device if device is None else torch.device(device)
-        return other
+    def as_computed(self, x: Tensor) -> Tensor:
+        """log p of x (N, dim), as (N,), values that are not believed included."""
+        return self.log_prob(x)
+
+    def coordinate_names(self) -> list[str]:
+        """Names of the unconstrained coordinates."""
+        return [f"x[{i}]" for i in range(self.dim)]
+
+    def account(self) -> list[str]:
+        """Sentences on what is observed and what is held fixed."""
+        return []
+
+    def fresh(self, capture: bool | str) -> Target:
+        """The target as it is now, evaluated by recorded operations or not, for a fit that begins."""
+        return self
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Target:
+        """The same target in another dtype or on another device. Raises ValueError where there is none."""
+        raise ValueError("dtype, device: this target has no to(dtype, device) method; leave both at None")
 
 
-class Energy(LogDensity):
-    """The target log p(x) = -fn(x), up to a constant: fn is an energy in units of kT. Arguments of LogDensity."""
-
-    argument = "energy"
-    sign = -1
-
-
-@contextlib.contextmanager
-def _without_validation() -> Iterator[None]:
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def check_form(value: Any, count: int, device: torch.device, name: str) -> None:
-    """Raise ValueError unless value is a float tensor of shape (count,) on device; static, so that it can be traced."""
-    expected = f"{name}: expected a float tensor of shape ({count},)"
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{expected}, got {type(value).__name__}; compute it with torch operations on x, one value per row"
-        )
-    if tuple(value.shape) != (count,):
-        raise ValueError(f"{expected}, got {tuple(value.shape)}; {_shape_remedy(tuple(value.shape), count, name)}")
-    if not value.dtype.is_floating_point:
-        raise ValueError(f"{expected}, got dtype {value.dtype}; return a real floating-point log density")
-    if value.device != device:
-        raise ValueError(f"{expected} on {device}, got one on {value.device}; keep the result on the device of x")
-
-
-def _shape_remedy(shape: tuple[int, ...], count: int, name: str) -> str:
-    if shape == (count, 1):
-        return f"return {name}(x).squeeze(-1)"
-    if shape == ():
-        return "sum over the coordinates only, .sum(-1), not over the rows"
-    if len(shape) == 2 and shape[0] == count:
-        return "sum over the coordinates, .sum(-1)"
-    return "return one value per row of x"
-
-
-def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]:
-    """Apply the target's policy for NaN, +inf and what else is above values.BELIEVED to log_p (N,) at x (N, dim): they
-    become −inf, so weight 0 and gradient 0; returns (log_p, how many were replaced).
-
-    "raise" (the default): ValueError naming the first x where there is no value although values that matter lie beside
-    it; where log p has sunk before it overflows, nothing is lost. "skip": never; above 1 % of the rows this warns.
-    −inf is a legitimate value (weight 0) and passes.
-    """
-    bad = ~(log_p <= BELIEVED)
-    count = int(bad.sum())
-    if count == 0:
-        return log_p, 0
-    skips = getattr(target, "nonfinite", "raise") == "skip"
-    first = int(bad.nonzero()[0, 0]) if skips else beside_mass(target, x, log_p, bad)
-    if first is not None:
-        where = f"{float(log_p[first])} at x = {show(x[first])} ({count} of {len(x)} points)"
-        if not skips:
-            raise ValueError(
-                f"log_prob: expected finite values or -inf, got {where}, beside values that matter; "
-                'repair the density there, or pass nonfinite="skip"'
-            )
-        if count > SKIPPED_WARN * len(x):
-            warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
-    return torch.where(bad, -torch.inf, log_p), count
-
-
-def resolve_target(target_or_model: Target | Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
-    """A Target as it is, or PyroModel(model, *args, **kwargs) of a Pyro model. Raises TypeError for anything else."""
-    if isinstance(target_or_model, Target) and not isinstance(target_or_model, type):
-        if args or kwargs:
-            raise TypeError(
-                f"args: expected none beside a target, got {len(args) + len(kwargs)}; "
-                "only a Pyro model takes its data here"
-            )
-        return target_or_model
-    if not callable(target_or_model):
-        kind = type(target_or_model).__name__
-        raise TypeError(
-            f"target: expected a Target or a Pyro model, got {kind}; wrap a function as LogDensity(fn, dim=D)"
-        )
-    return PyroModel(target_or_model, *args, **kwargs)
+def is_model(target: Target) -> bool:
+    """Whether a target's points have names of their own (a Pyro model), so that draws come as a dict."""
+    return target.names is not None

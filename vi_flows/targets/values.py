@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .recording import tensors
-
-if TYPE_CHECKING:
-    from .target import Target
+from .target import Target
 
 # log p above 1/eps of float64 cannot be told to a nat: no density can be fitted there, but arithmetic that overflows
 # (a Kalman filter's, say) ends there, and one such point would pass for the mode. Lower, and densities with a large
@@ -22,6 +21,7 @@ BELIEVED = 1 / torch.finfo(torch.float64).eps
 SUNK = 30.0
 BORDERS, BISECTIONS = 16, 50  # points without a value whose border is sought, and halvings of the way there
 SIDE, LOOKED = 4.0, 256  # of the box around 0 from which starts come, and points in it that a fit's notes speak of
+SKIPPED_WARN = 0.01  # of the draws, skipped for want of a value, from where a warning says so
 ROWS = 8  # at which the precision of a target is looked at
 
 
@@ -33,7 +33,7 @@ def believed(log_p: Tensor) -> Tensor:
 def as_computed(target: Target, x: Tensor) -> Tensor:
     """log p (N,) as the target computes it, values that are not believed included."""
     with torch.no_grad():
-        return getattr(target, "as_computed", target.log_prob)(x)
+        return target.as_computed(x)
 
 
 def beside_mass(target: Target, x: Tensor, log_p: Tensor, bad: Tensor) -> int | None:
@@ -67,6 +67,32 @@ def edges(target: Target, x: Tensor, log_p: Tensor, bad: Tensor) -> tuple[Tensor
         inside, outside = torch.where(known[:, None], middle, inside), torch.where(known[:, None], outside, middle)
         edge = torch.where(known, value, edge)
     return rows, edge, float(log_p[best])
+
+
+def check_finite(log_p: Tensor, x: Tensor, target: Target) -> tuple[Tensor, int]:
+    """Apply the target's policy for NaN, +inf and what else is above BELIEVED to log_p (N,) at x (N, dim): they
+    become −inf, so weight 0 and gradient 0; returns (log_p, how many were replaced).
+
+    "raise" (the default): ValueError naming the first x where there is no value although values that matter lie beside
+    it; where log p has sunk before it overflows, nothing is lost. "skip": never; above 1 % of the rows this warns.
+    −inf is a legitimate value (weight 0) and passes.
+    """
+    bad = ~(log_p <= BELIEVED)
+    count = int(bad.sum())
+    if count == 0:
+        return log_p, 0
+    skips = target.nonfinite == "skip"
+    first = int(bad.nonzero()[0, 0]) if skips else beside_mass(target, x, log_p, bad)
+    if first is not None:
+        where = f"{float(log_p[first])} at x = {show(x[first])} ({count} of {len(x)} points)"
+        if not skips:
+            raise ValueError(
+                f"log_prob: expected finite values or -inf, got {where}, beside values that matter; "
+                'repair the density there, or pass nonfinite="skip"'
+            )
+        if count > SKIPPED_WARN * len(x):
+            warnings.warn(f"log_prob: skipped {where}; they count as log p = -inf", stacklevel=2)
+    return torch.where(bad, -torch.inf, log_p), count
 
 
 def told_of_values(target: Target, x: Tensor, log_p: Tensor) -> list[str]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
-from ..inference.fit import fit
-from ..inference.judge import CAVEATS, CORRECTED
-from ..inference.posterior import Posterior
-from ..inference.ranks import Rate
-from ..inference.refits import CLAIMED, STATUSES
+from ..fitting.fit import fit
+from ..fitting.posterior import Posterior
+from ..inference.judge.verdict import CAVEATS, CORRECTED
+from ..inference.rehearse.ranks import Rate
+from ..inference.rehearse.refits import CLAIMED, STATUSES
 from .hierarchies import Hierarchy, hierarchy
 from .synthetic import KINDS, SyntheticTarget, synthetic
 

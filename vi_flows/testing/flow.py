@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from vi_flows.flows.distribution import Flow
+from ..flows.distribution import Flow
 
 LOGDET_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 START_TOLERANCE = 0.1

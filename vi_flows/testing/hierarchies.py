@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Generator, Tensor
 
-from ..inference.posterior import seeded
+from ..running import seeded
 from ..targets import PyroModel, Target
 from ..targets.known import KnownDensity, cells, normal, uniform
 

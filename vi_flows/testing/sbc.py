@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..arguments import whole
-from ..inference.fit import fit as fit_by_default
-from ..inference.posterior import Posterior, seeded
-from ..inference.refits import DATA_SEED, Quantities, RankCheck, Row, Values, collect, measured, point
+from ..fitting.fit import fit as fit_by_default
+from ..fitting.posterior import Posterior
+from ..inference.rehearse.refits import DATA_SEED, Quantities, RankCheck, Row, Values, collect, measured, point
+from ..running import seeded
 from ..targets import PyroModel, resolve_target
 from ..targets.pyro_simulate import check_prior, conditioned_on_data, simulate, with_data
 

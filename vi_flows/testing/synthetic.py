@@ -15,8 +15,8 @@ from ..flows.bijection import Bijection, Layer
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
-from ..inference.posterior import seeded
-from ..inference.weights import in_blocks
+from ..inference.estimate.evaluate import in_blocks
+from ..running import seeded
 from ..targets.known import KnownDensity
 
 LARGEST_DIM = 20

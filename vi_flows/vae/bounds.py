@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import whole
 from ..flows.bases import Base
-from ..inference.posterior import seeded
+from ..running import seeded
 from .distributed import ALONE, Workers
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..inference.checkpoint import replacing
+from ..atomic import replacing
 from .model import VAE, Architecture, build
 from .training import Options, State, begin
 

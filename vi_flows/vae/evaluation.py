@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
-from ..inference.checks import tails
-from ..inference.posterior import seeded
-from ..inference.progress import Progress
-from ..inference.psis import khat
+from ..inference.estimate.psis import khat
+from ..inference.judge.checks import tails
+from ..progress import Progress
+from ..running import seeded
 from .bounds import CHUNK, blocks, bound, double, evaluating, log_mean
 from .distributed import ALONE, Workers
 from .model import VAE, Terms

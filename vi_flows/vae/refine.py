@@ -13,11 +13,11 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import linear
 
 from ..arguments import whole
+from ..errors import DivergedError
 from ..flows.distribution import Flow
 from ..flows.networks import Conditioner
 from ..flows.parameters import Parametric
-from ..inference.posterior import seeded
-from ..inference.training import DivergedError
+from ..running import seeded
 from .bounds import CHUNK, affordable, evaluating, in_blocks, of_weights, on_device
 from .model import VAE, Terms
 

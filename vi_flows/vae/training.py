@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import one_of, whole
+from ..errors import DivergedError
 from ..flows.distribution import Flow
 from ..flows.networks import Conditioner
 from ..flows.parameters import Parametric
 from ..flows.univariate import Univariate
-from ..inference.training import DivergedError
 from .bounds import bound
 from .data import Images
 from .distributed import ALONE, Workers

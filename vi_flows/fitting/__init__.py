@@ -1,0 +1,1 @@
+"""The doors: fit, diagnose and load, and the Posterior that they return."""

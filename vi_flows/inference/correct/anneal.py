@@ -1,0 +1,314 @@
+"""Corrections of a fit: draws resampled by its weights; annealed ones, where weights alone are not enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arguments import whole
+from ...progress import Progress
+from ...running import Clock, seeded
+from ...running import threads as torch_threads
+from ...targets.target import Target
+from ..estimate.psis import khat, khat_upper, resampling_weights
+from ..estimate.quantities import Estimates, carrying, estimate, flatten, vary
+from ..estimate.quantities import resample as by_weight
+from ..estimate.weights import Weights, effective_sample_size, log_mean, log_mean_se
+from ..judge.checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
+from ..judge.fitted import Fitted
+from ..judge.latent import Path, Rung
+from ..judge.necks import NECKS, Walk, necks, scale_moves
+from ..judge.proposal import DefensiveProposal
+from ..judge.verdict import CARRIED, CAVEATS, CORRECTED, Verdict
+from ..locate.points import DENSE_DIMS
+from .smc import KEPT, MOST_RUNGS, Run, pilot, run
+
+EVIDENCE_SE = 0.05
+AGREEMENT = 3.0  # standard errors
+ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
+BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
+UNEVEN = 0.9  # of a step's particles, lost to uneven weights
+
+
+def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
+    """n equally weighted draws in place of the proposal's; see :meth:`Posterior.resample`."""
+    whole("n", n, 100)
+    draws = posterior.proposal
+    with seeded(seed):
+        index = by_weight(resampling_weights(draws.log_w), n)
+    log_p = draws.log_p[index]
+    verdict = posterior.verdict
+    if verdict.status == "reliable":
+        verdict = dataclasses.replace(verdict, status="corrected")
+    note = f"resample: {n} equally weighted draws, of which {len(index.unique())} differ."
+    return dataclasses.replace(
+        posterior,
+        verdict=verdict.because("the weighted draws are resampled from the proposal by their importance weights"),
+        proposal=Weights(draws.x[index], log_p - posterior.log_evidence, log_p),
+        notes=(*posterior.notes, note),
+        settings={**posterior.settings, "resample": {"n": n, "seed": seed}},
+        stored=None,
+    )
+
+
+def anneal(
+    posterior: Fitted,
+    particles: int,
+    replicates: int,
+    seed: int | None,
+    progress: bool,
+    threads: int | None,
+    rungs: int = MOST_RUNGS,
+    seconds: float = math.inf,
+) -> Fitted:
+    """Sequential Monte Carlo from the defensive proposal m to p, along m^(1−b) p^b; see :meth:`Posterior.anneal`.
+
+    A pilot run chooses temperatures and kernels, which no later run changes: so each run's Ẑ, the product of the mean
+    weights of its steps, is unbiased (Del Moral, Doucet & Jasra 2006). Draws of run r weigh Ẑ_r each.
+    seconds: where the pilot tells that all would take longer, or it does, a ValueError says so.
+    """
+    whole("particles", particles, 100)
+    whole("replicates", replicates, 4)
+    if threads is not None:
+        whole("threads", threads)
+    if posterior.target is None:
+        raise ValueError("anneal: this posterior has no target; load it with vf.load(path, target=...)")
+    began, flow = time.monotonic(), posterior._flow("anneal")
+    with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
+        walk = walk_of_necks(posterior)
+        path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
+        bar.stage("pilot")
+        schedule = pilot(path, particles, rungs, replicates, functools.partial(_afford, seconds))
+        _sees_something(posterior, schedule)
+        bar.stage("annealing", replicates)
+        runs = []
+        for _ in range(replicates):
+            runs.append(run(path, schedule, particles))
+            bar.advance()
+            _afford(seconds, time.monotonic() - began)
+        result = _result(posterior, schedule, runs)
+    how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(schedule, runs)}
+    result.settings["anneal"], result.timing["annealing"] = how, time.monotonic() - began
+    return result
+
+
+def walk_of_necks(posterior: Fitted) -> Walk | None:
+    """Moves of scales, where the weighted draws do not reach where a scale is small (or large); else None."""
+    target, draws = posterior.target, posterior.proposal
+    with seeded(0):  # whatever is drawn here, the rest is what it would be without
+        checks = [c for c in posterior.verdict.checks if c.name == NECKS] or necks(target, draws)
+        return None if all(check.passed for check in checks) else scale_moves(target, draws)
+
+
+def _afford(seconds: float, needed: float) -> None:
+    if needed > seconds:
+        raise ValueError(
+            f"annealing would take about {needed:.0f} s or more, and is given {seconds:.0f} s: "
+            "posterior.anneal(progress=True) takes the time that it needs"
+        )
+
+
+def _sees_something(posterior: Fitted, schedule: list[Rung]) -> None:
+    """Raise where weights failed but the pilot went from m to p in one step: it has not drawn what is wrong with m, and
+    runs from there would not either, and agree with each other."""
+    besides = (*CORRECTED, *CAVEATS, *CARRIED, NECKS)  # what a claim may lack, and what the result is judged by anew
+    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in besides]
+    if len(schedule) == 1 and failed:
+        raise ValueError(
+            f"annealing would repeat what is wrong ({', '.join(failed)}): its pilot sees one temperature from the "
+            "proposal to the target; fit another flow=, or in other coordinates"
+        )
+
+
+def mended(posterior: Fitted, clock: Clock, bar: Progress) -> Fitted:
+    """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
+    claimed, and made in time. Necks that no draw has reached are reached by moves of scales."""
+    failed = [check.name for check in posterior.verdict.checks if not check.passed]
+    if posterior.verdict.status != "unreliable" or set(CARRIED) & set(failed):
+        return posterior
+    if posterior.flow.dim > DENSE_DIMS:
+        note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, note))
+    bar.stage("annealing")
+    try:
+        may = {"rungs": RUNGS, "seconds": clock.for_annealing()}
+        annealed = anneal(posterior, *ANNEALED, seed=None, progress=False, threads=None, **may)
+    except ValueError as error:
+        clock.lap("annealing")
+        return dataclasses.replace(posterior, notes=(*posterior.notes, f"{error}."))
+    if annealed.verdict.status == "unreliable":
+        reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
+        return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
+    annealed.settings["anneal"] |= {"seed": "the fit's"}
+    return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
+
+
+def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
+    """The posterior with the runs' draws in place of the proposal's, judged by how the runs differ."""
+    bridged = any(r.settling is not None for r in runs)
+    if bridged:  # what m leaves out no weight tells, and weights of m need not agree
+        early = torch.tensor([_bridged(r, rungs[0].b, r.settling) for r in runs], dtype=torch.float64)
+        runs = [dataclasses.replace(r, log_z=_bridged(r, rungs[0].b, r.log_p - r.log_m)) for r in runs]
+    log_z = torch.tensor([r.log_z for r in runs], dtype=torch.float64)
+    level, se = log_mean(log_z), replicate_se(log_z)
+    if level == -math.inf:
+        raise ValueError("anneal: expected runs that reach the target, got none; raise particles=")
+    # in the form of importance weights: log q = log p − log Ẑ_r, so that draws of run r weigh Ẑ_r
+    log_q = torch.cat([r.log_p - r.log_z if r.log_z > -math.inf else -r.log_p for r in runs])
+    weights = Weights(torch.cat([r.x for r in runs]), log_q, torch.cat([r.log_p for r in runs]))
+    names, independent, values = _estimates(posterior.target, weights, log_z.to(log_q))
+    checks = [
+        precision(names, values),
+        sds(names, values),
+        evidence(se),
+        _settled(early, log_z) if bridged else _agreement(posterior, level, se),
+        *_steps(runs),
+        *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *necks(posterior.target, weights),
+    ]
+    more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
+    note = (
+        f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
+        f"errors over the runs are, in the median, {more:.1f} times those of independent draws, which summary() shows."
+        + (" Scales were moved, and log evidence is a bridge from the proposal to the draws." if bridged else "")
+    )
+    return dataclasses.replace(
+        posterior,
+        verdict=_decide(checks),
+        proposal=weights,
+        log_evidence=level,
+        log_evidence_se=se,
+        skipped=sum(r.skipped for r in runs),
+        notes=(*(n for n in posterior.notes if not n.startswith("anneal:")), note),
+        settings=dict(posterior.settings),
+        timing=dict(posterior.timing),
+        stored=None,
+    )
+
+
+def replicate_se(log_z: Tensor) -> float:
+    """Standard error of log mean Ẑ_r over R replicates log_z (R,): sd(Ẑ)/(mean Ẑ √R)."""
+    return log_mean_se(log_z) * math.sqrt(len(log_z) / (len(log_z) - 1))
+
+
+def _estimates(target: Target, draws: Weights, log_z: Tensor) -> tuple[list[str], Estimates, Estimates]:
+    """Names and estimates of the quantities, with standard errors as of independent draws, and over the replicates.
+
+    An estimate is h = Σ_r W_r h_r with W_r = Ẑ_r/ΣẐ and h_r the mean over the draws of run r, and
+    se² = R/(R−1) Σ W_r² (h_r − h)².
+    """
+    names, theta = flatten(target.constrain(draws.x))
+    columns = vary(theta[carrying(draws.log_w)])
+    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
+    values, share = estimate(theta, draws.log_w), log_z.softmax(0)
+
+    def error(h: Tensor) -> Tensor:
+        means = h.reshape(len(log_z), -1, h.shape[-1]).mean(1)
+        means = torch.where(share[:, None] > 0, means, 0.0)  # where nothing weighs, nothing need be finite
+        spread = share.square() @ (means - share @ means).square()
+        return (len(log_z) / (len(log_z) - 1) * spread).sqrt()
+
+    spread = ((theta - values.mean) / values.sd).square() / 2
+    over = dataclasses.replace(
+        values,
+        mean_se=error(theta),
+        log_sd_se=error(spread),
+        probability_se=torch.stack([error((theta <= point).to(theta.dtype)) for point in values.quantiles]),
+    )
+    return names, values, over
+
+
+def _errors(a: Estimates, b: Estimates) -> list[tuple[Tensor, Tensor]]:
+    return [(getattr(a, name), getattr(b, name)) for name in ("mean_se", "log_sd_se", "probability_se")]
+
+
+def evidence(se: float) -> Check:
+    passed = se < EVIDENCE_SE
+    sentence = f"the standard error of log Ẑ over the runs is {se:.4f}" + (
+        "" if passed else f", not below {EVIDENCE_SE}"
+    )
+    return Check("evidence", se, EVIDENCE_SE, passed, sentence)
+
+
+def _agreement(posterior: Fitted, level: float, se: float) -> Check:
+    """Whether importance weights of m, which both start from, give the same evidence."""
+    difference = level - posterior.log_evidence
+    error = math.hypot(se, posterior.log_evidence_se)
+    statistic = abs(difference) - AGREEMENT * error
+    passed = statistic < MISSING_MASS
+    sentence = f"log Ẑ by annealing and by importance weights alone differ by {difference:+.4f} (se {error:.4f})"
+    sentence += "" if passed else f", by more than {MISSING_MASS} and {AGREEMENT:g} se: one of them misses mass"
+    return Check("agreement", statistic, MISSING_MASS, passed, sentence)
+
+
+def _bridged(made: Run, b: float, log_w_of_p: Tensor | None) -> float:
+    """log Ẑ of a run's first weights, at temperature b, and those of later states; −∞ where it had lost all weight."""
+    return bridge(made.log_w[0] / b, log_w_of_p) if made.log_w else -math.inf
+
+
+def _settled(early: Tensor, late: Tensor) -> Check:
+    """Whether moves of scales have come to their end: by log Ẑ (R,) with states before those that are kept, and these.
+
+    The bound is half of what may be missing: where moves leave half of an error, what they then mended is what is left.
+    """
+    drift = (late - early).nan_to_num(nan=0.0)
+    statistic = float(drift.mean().abs() + drift.std() / math.sqrt(len(drift)))
+    bound, passed = MISSING_MASS / 2, statistic < MISSING_MASS / 2
+    sentence = f"log Ẑ changed by {float(drift.mean()):+.4f} over the last moves of scales"
+    sentence += "" if passed else f", not seen to be within {bound}: they have not come to the end of a neck"
+    return Check("settled", statistic, bound, passed, sentence)
+
+
+def bridge(log_w: Tensor, log_w_of_p: Tensor) -> float:
+    r"""log Z from log-weights log p − log m of draws of m (N,) and of draws of p (M,) (Meng & Wong 1996): the Z where
+
+    .. math:: Z = \frac{\text{mean}_m\, w / (N w + M Z)}{\text{mean}_p\, 1 / (N w + M Z)}.
+
+    Where m never draws, w is large, and such draws of p count as nothing on either side: what m leaves out does not
+    bias Z, as long as p's draws have it.
+    """
+    n, m = math.log(len(log_w)), math.log(len(log_w_of_p))
+    log_z = log_w.new_tensor(log_mean(log_w))
+    for _ in range(BRIDGED):
+        of_m = log_w - torch.logaddexp(n + log_w, m + log_z)
+        log_z = of_m.logsumexp(0) - n - (-torch.logaddexp(n + log_w_of_p, m + log_z)).logsumexp(0) + m
+    return float(log_z)
+
+
+def _steps(runs: list[Run]) -> list[Check]:
+    """The weights of each step, of all runs together: the heaviest tail, and the smallest ESS."""
+    steps = [torch.cat(log_w) for log_w in zip(*(r.log_w for r in runs if r.log_w), strict=True)]
+    worst = max(khat_upper(khat(log_w), len(log_w)) for log_w in steps)
+    share = min(effective_sample_size(log_w) / len(log_w) for log_w in steps)
+    heavy, even = worst < KHAT_BOUND, 1 - share < UNEVEN
+    tails = f"the largest upper limit of k̂ of a step's weights is {worst:.2f}"
+    tails += "" if heavy else f", not below {KHAT_BOUND}: m leaves out a part of p that moves do not mend"
+    evenness = f"the least even weights of a step have an ESS of {share:.0%} of the particles"
+    evenness += "" if even else f", not above {1 - UNEVEN:.0%}"
+    return [Check("tails", worst, KHAT_BOUND, heavy, tails), Check("evenness", 1 - share, UNEVEN, even, evenness)]
+
+
+def _decide(checks: list[Check]) -> Verdict:
+    """ "corrected" where every check passes: the weighted draws can be relied on, whatever those of q are like."""
+    failed = [c for c in checks if not c.passed]
+    bad = any(c.name not in CAVEATS for c in failed)
+    status = "unreliable" if bad else "corrected"
+    lead = "do not rely on these draws" if bad else "use weighted draws (the default of sample): they were annealed"
+    return Verdict(status, (lead, *(c.sentence for c in failed or checks)), tuple(checks))
+
+
+def _recorded(rungs: list[Rung], runs: list[Run]) -> dict[str, Any]:
+    """What was done, as JSON can hold it; log Ẑ of a run without weight is None."""
+    return {
+        "temperatures": [rung.b for rung in rungs],
+        "steps": [rung.step for rung in rungs],
+        "leaps": [rung.leaps for rung in rungs],
+        "acceptance": [[round(rate, 3) for rate in r.acceptance] for r in runs],
+        "log_evidence": [r.log_z if math.isfinite(r.log_z) else None for r in runs],
+    }

@@ -1,0 +1,1 @@
+"""A flow and a target in, draws of a defensive proposal with their weights, checks and a verdict out."""

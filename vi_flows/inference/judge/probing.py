@@ -1,0 +1,143 @@
+"""What the verdict asks of the target anew, beyond the weights: local moves, unseen basins, and lines far out."""
+
+from __future__ import annotations
+
+import functools
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from ...flows.bases import Mixture
+from ...targets.target import Target
+from ..estimate.evaluate import in_blocks, log_density
+from ..estimate.psis import resampling_weights
+from ..estimate.quantities import flatten, resample, vary
+from ..estimate.weights import Weights, log_mean
+from ..locate.gaussian import FRESH, Gaussians, spread_of
+from .checks import Check
+from .latent import ACCEPTANCE, LENGTH, Path, Rung
+from .proposal import MODE_DF, DefensiveProposal
+from .propriety import combination, far_shares
+
+MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
+MOVE = 0.1  # in sd, by which moves may shift a quantity
+MOVE_ERROR = 0.001  # of the check, over all quantities together
+MARGIN = 1.0  # nats above the largest log-weight seen, from where a probe lies outside of what m covers
+BASIN = 0.01  # of the mass, which an unseen basin must seem to hold to count
+FAR_SHARE = 0.05  # of the mass, on average over draws, that lines through them may have far out
+LINES = 200  # in all, and at least 4 draws to a direction
+COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
+EACH = 256  # draws around a suspect, to tell its mass
+SHOWN = 4  # numbers in one sentence
+SYMMETRIC = 0.01  # in sd and in nats, within which two modes are each other's images
+
+
+def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) -> Check:
+    """Whether weighted draws stay as they are, in law, under Hamiltonian Monte Carlo in the flow's latent space.
+
+    Draws of p keep their law under moves that leave p as it is; so where the mean of h or of |h| shifts,
+    h = (θ − mean)/sd of any quantity, draws of m have missed mass nearby. Moves that leave h with an autocorrelation ρ
+    mend 1 − ρ of an error: |shift|/(1 − ρ) is below MOVE, or |shift| below its noise, z se of paired differences, z for
+    an error of MOVE_ERROR in all 2Q of them together (Bonferroni). About MOVED · TRANSITIONS · 4 gradients.
+    """
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
+    path = Path(proposal, target)
+    z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], x)
+    free = z.isfinite().all(-1)
+    x, z = x[free], z[free]
+    found = spread_of(z)
+    if not len(found):
+        return Check("local moves", math.inf, 1.0, False, "draws have no covariance in the flow's latent space")
+    rung = Rung(1.0, found.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))
+    for k in range(TRANSITIONS):
+        z, rate = rung.move(z)
+        rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
+    moved = in_blocks(lambda rows: path.bijection.forward_and_logdet(rows)[0], z)
+    names, before = flatten(target.constrain(x))
+    columns = vary(before)
+    ratio, error = _shifts(before[:, columns], flatten(target.constrain(moved))[1][:, columns])
+    worst = int(ratio.argmax())
+    statistic, name = float(ratio[worst]), names[int(columns[worst % len(columns)])]
+    which = "mean" if worst < len(columns) else "spread"
+    sentence = f"Hamiltonian moves put the error of the {which} of {name} at {float(error[worst]):+.3f} sd"
+    sentence += " or noise" if statistic < 1 else ", more than chance would: mass nearby is missed"
+    return Check("local moves", statistic, 1.0, statistic < 1, sentence)
+
+
+def _shifts(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """From h before to after (N, Q): shifts of the means of h and of |h|, as multiples of what is allowed (2Q,), and
+    the errors, in sd, that they tell."""
+    before, after = ((theta - before.mean(0)) / before.std(0) for theta in (before, after))
+    before, after = (torch.cat([h, h.abs()], -1) for h in (before, after))
+    shift, se = (after - before).mean(0), (after - before).std(0) / math.sqrt(len(before))
+    offset = before - before.mean(0)
+    kept = (offset * (after - after.mean(0))).sum(0) / offset.square().sum(0)
+    error = shift / (1 - kept).clamp(1e-3, 1.0)
+    z = NormalDist().inv_cdf(1 - MOVE_ERROR / (2 * before.shape[1]))
+    noise = torch.where(shift == 0, 0.0, shift.abs() / (z * se))
+    return torch.minimum(noise, error.abs() / MOVE).nan_to_num(nan=math.inf, posinf=math.inf), -error
+
+
+def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, probes: Gaussians) -> Check:
+    """Whether fresh starts, the ends of whose paths are ``probes``, lead to mass that m does not cover.
+
+    A probe at x is suspect if p(x)/m(x) is larger than any weight seen; draws of t₅ components g at the suspects tell
+    whether ∫ p g/(g + m) = E_g[p/(g + m)], what m does not cover there, is less than a share BASIN of Ẑ. If none of n
+    starts leads to more, the 95 % upper limit of the share of starts that do is 1 − 0.05^{1/n}.
+    """
+    x, n = probes.loc, probes.origin.count(FRESH)
+    above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
+    suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
+    found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
+    if found < BASIN:
+        limit = 1 - 0.05 ** (1 / max(n, 1))
+        sentence = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
+        return Check("unseen basins", found, BASIN, True, sentence)
+    where = ", ".join(f"{v:.3g}" for v in suspects.loc[-1, :SHOWN].tolist()) + (", ..." if x.shape[1] > SHOWN else "")
+    sentence = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
+    return Check("unseen basins", found, BASIN, False, sentence)
+
+
+def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussians, level: float) -> float:
+    """∫ p g/(g + m) as a share of Ẑ = e^level, g the mixture of t components at the suspects."""
+    near = Mixture(suspects.loc, suspects.scale_tril, df=MODE_DF).requires_grad_(False)
+    x = near.transform(near.noise((EACH * len(suspects),)))
+    log_w = log_density(target, x) - torch.logaddexp(in_blocks(near.log_prob, x), proposal.log_prob(x))
+    return math.exp(min(log_mean(log_w) - level, 0.0))
+
+
+def symmetric_modes(target: Target, modes: Gaussians) -> str:
+    """A sentence where modes are each other's images by permutations or sign flips of the coordinates, or ""."""
+    log_p = in_blocks(target.log_prob, modes.loc)
+    size, sd = modes.loc.abs().sort(-1).values, modes.scale_tril.square().sum(-1).mean(-1).sqrt()
+    apart = (size[:, None] - size).abs().amax(-1) / sd
+    same = (apart < SYMMETRIC) & ((log_p[:, None] - log_p).abs() < SYMMETRIC)
+    count = int((same.sum(1) > 1).sum())
+    if not count:
+        return ""
+    return f"{count} modes are permutations or sign flips of each other: labels or signs switch, averages say little"
+
+
+def proper(target: Target, pooled: Weights, modes: Gaussians | None = None) -> Check:
+    """Whether lines through weighted draws hold mass far out, where no draw went; along an improper direction all do.
+
+    Lines along the coordinates and the widest axes of the first mode, whose curvature tells a combination that the data
+    leave open to many digits. By Markov's inequality a proper density that has a share s of its mass that far out along
+    a direction fails by it with a probability of at most s/FAR_SHARE.
+    """
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
+    axes = torch.randperm(target.dim)[:COORDINATES]
+    reach = (pooled.x - x.mean(0)).abs().amax(0)
+    steps, names = torch.diag(reach)[axes], target.coordinate_names()
+    if modes is not None and len(modes):
+        widest = torch.linalg.svd(modes.scale_tril[0])[0].mT[:AXES].to(x)
+        steps = torch.cat([steps, ((pooled.x - x.mean(0)) @ widest.mT).abs().amax(0)[:, None] * widest])
+    shares = far_shares(target, x[: max(LINES // len(steps), 4)], steps)
+    worst = int(shares.argmax())
+    step = steps[worst] / torch.linalg.vector_norm(steps[worst])
+    share, name = float(shares[worst]), combination(step * step[step.abs().argmax()].sign(), names)
+    sentence = f"lines through draws, along {name}, hold {share:.1%} of their mass far outside all draws"
+    sentence += "" if share < FAR_SHARE else ": the target looks improper there; give that parameter a proper prior"
+    return Check("proper", share, FAR_SHARE, share < FAR_SHARE, sentence)

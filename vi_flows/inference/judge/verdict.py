@@ -1,0 +1,245 @@
+"""The verdict: a decision rule on importance weights."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...flows.distribution import Flow
+from ...running import Clock
+from ...targets.target import Target
+from ...targets.values import check_finite
+from ..estimate.evaluate import in_blocks
+from ..estimate.psis import khat
+from ..estimate.weights import Weights, draw_seconds, effective_sample_size, log_mean, log_mean_se, mean_elbo
+from ..locate.gaussian import Gaussians
+from .checks import Check, holes, of_weights, rounding
+from .necks import necks
+from .probing import local_moves, proper, symmetric_modes, unseen_basins
+from .proposal import DefensiveProposal
+from .propriety import IMPROPER
+
+REPEATS = 5
+FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST draws on: 0.4 and 0.5 GB
+LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
+QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
+PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
+CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
+CAVEATS = ("sds",)  # what a claim leaves out, and says so
+CONDITION = "unseen basins"  # what every claim is conditional on, and says
+TIME = "time"  # the check that fails where a stage was cut short by max_seconds
+UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
+CARRIED = (CONDITION, "proper", "rounding", "holes", IMPROPER, TIME)  # checks of a fit that hold for corrections
+UNRELIABLE = "do not rely on these draws"
+T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """status is "reliable", "corrected" or "unreliable"; reasons are sentences; checks the steps behind them."""
+
+    status: str
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
+
+    def refused(self, check: Check) -> Verdict:
+        """No claim, because of one more check, whose sentence comes first."""
+        return Verdict("unreliable", (UNRELIABLE, check.sentence, *self.reasons[1:]), (*self.checks, check))
+
+    def because(self, reason: str) -> Verdict:
+        """The same verdict with one more reason, before those of the checks; itself if that is empty."""
+        return replace(self, reasons=(self.reasons[0], reason, *self.reasons[1:])) if reason else self
+
+
+@dataclass(kw_only=True)
+class Judgement:
+    """All that judging a flow yields: weights of q and of the defensive proposal, and what follows from them.
+
+    skipped: how many draws had log p NaN or +inf, and count as weight 0; the other fields are Posterior's.
+    """
+
+    verdict: Verdict
+    draws: Tensor
+    log_weights: Tensor
+    proposal: Weights
+    khat: float
+    khat_interval: tuple[float, float]
+    khat_spread: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    log_evidence_se: float
+    skipped: int = 0
+
+
+def judge(
+    flow: Flow,
+    target: Target,
+    modes: Gaussians | None = None,
+    num_draws: int = 10_000,
+    attempt: int = 1,
+    probes: Gaussians | None = None,
+    clock: Clock | None = None,
+) -> Judgement:
+    """Freeze q and judge it by fresh draws of q and of the defensive proposal m, in the flow's precision.
+
+    Where a first batch shows that q misses modes, m is adapted to them, once, and the judgement is by fresh draws of
+    the adapted m. The rule asks, in this order:
+
+    - tails: weights p/m beyond those drawn, as the tail of those drawn tells, carry less than 0.02 of the integral, and
+      move no mean by 0.05 sd (psis.hidden, at the upper limit of k̂);
+    - precision: standard errors of means below 0.025 sd, of the probabilities at the 5/50/95 % points below
+      .003/.006/.003, a fifth of what would be wrong;
+    - sds: log sds are certain to 0.1, else a claim says of which it is not made;
+    - mass outside q: |log Ẑ_m − log Ẑ_q| + 2 se < 0.02; divergence: KL(q‖p) = log Ẑ_m − ELBO, + 2 se < 0.05; own draws:
+      means of unweighted draws of q within 0.1 sd, and those probabilities within .015/.03/.015, of the weighted ones;
+    - rounding: log p is told to .01 nats in the precision it is computed in; holes: where draws had no value, NaN or
+      above values.BELIEVED, less than .002 of the mass can lie;
+    - unseen basins: none of ``probes``, ends of paths from starts that m was not built from, holds mass unseen;
+    - local moves: Hamiltonian moves leave weighted draws as they are; proper: lines through them have no mass far out;
+      necks: moves of scales together with what they spread leave them as they are.
+
+    All: reliable. All but the fourth: corrected, by resampling from m. Else: unreliable. ``attempt`` i, the i-th fit of
+    one target to be judged, spends 2^(1−i) of the first one's error rate. Draws are doubled as long as that might mend
+    what fails, and ``clock``, where it has a limit, leaves the time; no claim is made where it left too little.
+    k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
+    """
+    clock = clock or Clock(None)
+    each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
+    proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
+    verdict = _decide(checks + _probed(proposal, target, pooled, checks, probes, clock, each))
+    if verdict.status != "unreliable":
+        verdict = verdict.because(symmetric_modes(target, proposal.modes))
+        verdict = verdict.because("" if probes is not None and len(probes) else UNSOUGHT)
+    log_weights, draws = own.log_w, own.x[:num_draws]
+    lacking = REPEATS * num_draws - len(log_weights)
+    if lacking > 0 and not _too_long(clock, each * lacking):
+        more, n = _draw_flow(flow, target, lacking)
+        log_weights, skipped = torch.cat([log_weights, more.log_w]), skipped + n
+        draws = torch.cat([draws, more.x])[:num_draws] if len(draws) < num_draws else draws
+    size = min(num_draws, len(log_weights) // REPEATS)
+    khats = [khat(log_w) for log_w in log_weights[: REPEATS * size].split(size)]
+    centre, spread = statistics.fmean(khats), statistics.stdev(khats) if all(map(math.isfinite, khats)) else math.nan
+    half = T_90 * spread / math.sqrt(REPEATS)
+    return Judgement(
+        verdict=verdict,
+        draws=draws,
+        log_weights=log_weights[: len(draws)],
+        proposal=pooled,
+        khat=centre,
+        khat_interval=(centre - half, centre + half),
+        khat_spread=spread,
+        ess=effective_sample_size(log_weights[: len(draws)]),
+        elbo=mean_elbo(log_weights),
+        log_evidence=log_mean(pooled.log_w),
+        log_evidence_se=_evidence_se(pooled, checks),
+        skipped=skipped,
+    )
+
+
+def _weighed(
+    proposal: DefensiveProposal, target: Target, attempt: int, clock: Clock, each: float
+) -> tuple[DefensiveProposal, Weights, Weights, int, list[Check]]:
+    """m, adapted where need be; draws of m and of q, doubled until they pass, cannot, or take too long (``each``
+    seconds); how many were skipped; the checks."""
+    most = min(LAST, MOST_NUMBERS // target.dim)
+    first = count = max(min(FIRST, FIRST_NUMBERS // target.dim), LEAST)
+    if clock.limit is not None:
+        count = min(first, max(int(QUARTER * clock.left() / each), HURRIED))
+    pooled, own, skipped = _draw(proposal, target, count)
+    better = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
+    if better is not None:
+        proposal = better
+        pooled, own, skipped = _draw(proposal, target, count)
+    while True:
+        growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
+        checks, mendable = of_weights(target, pooled, own, attempt, growth)
+        if _claimed(checks) or not mendable or growth == 1:
+            return proposal, pooled, own, skipped, checks
+        if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all
+            return proposal, pooled, own, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
+        more, more_own, n = _draw(proposal, target, len(pooled.x))
+        pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
+
+
+def _too_long(clock: Clock, seconds: float) -> bool:
+    return clock.limit is not None and seconds > clock.left()
+
+
+def _cut(what: str) -> Check:
+    return Check(TIME, 1.0, 1.0, False, f"judging was cut short by max_seconds: {what}; give it more time")
+
+
+def _probed(
+    proposal: DefensiveProposal,
+    target: Target,
+    pooled: Weights,
+    checks: list[Check],
+    probes: Gaussians | None,
+    clock: Clock,
+    each: float,
+) -> list[Check]:
+    """The checks that ask the target anew; those that cost something only where all else passes."""
+    found = [rounding(target, pooled), *holes(target, pooled)]
+    found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
+    if _claimed(checks + found):
+        if _too_long(clock, PROBED * each):
+            return [*found, _cut("local moves, lines far out and necks were not looked at")]
+        found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
+        late = _too_long(clock, NECKED * each)
+        found += [_cut("necks were not looked at")] if late else necks(target, pooled)
+    return found
+
+
+def _draw(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, Weights, int]:
+    """Weighted draws of m; those among them that q made, weighted against q; how many were skipped."""
+    x, log_m, log_q, n = proposal.draw(count)
+    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
+    return Weights(x, log_m, log_p), Weights(x[:n], log_q[:n], log_p[:n]), skipped
+
+
+def _draw_flow(flow: Flow, target: Target, count: int) -> tuple[Weights, int]:
+    def draw(noise: Tensor) -> Tensor:
+        x, log_q = flow().from_noise(noise)
+        return torch.cat([x, log_q.unsqueeze(-1)], -1)
+
+    drawn = in_blocks(draw, flow.base.noise((count,)))
+    x, log_q = drawn[:, :-1], drawn[:, -1]
+    log_p, skipped = check_finite(in_blocks(target.log_prob, x), x, target)
+    return Weights(x, log_q, log_p), skipped
+
+
+def _concatenate(a: Weights, b: Weights) -> Weights:
+    return Weights(torch.cat([a.x, b.x]), torch.cat([a.log_q, b.log_q]), torch.cat([a.log_p, b.log_p]))
+
+
+def _claimed(checks: list[Check]) -> bool:
+    """Whether weighted draws are as they should be, but for what a claim leaves out."""
+    return all(c.passed for c in checks if c.name not in (*CORRECTED, *CAVEATS))
+
+
+def _evidence_se(pooled: Weights, checks: list[Check]) -> float:
+    """The Monte-Carlo error of log Ẑ, and with it half of the share of Z that weights beyond those drawn may carry.
+
+    What they carry Ẑ lacks; what lies where m has next to no draws, a neck as thin as it is long, shows in neither.
+    """
+    tails = next(check.statistic for check in checks if check.name == "tails")
+    return math.hypot(log_mean_se(pooled.log_w), min(tails, 1.0) / 2)
+
+
+def _decide(checks: list[Check]) -> Verdict:
+    failed = [c for c in checks if not c.passed]
+    if not _claimed(checks):
+        status, lead = "unreliable", UNRELIABLE
+    elif any(c.name in CORRECTED for c in failed):
+        status, lead = "corrected", "use weighted draws (the default of sample): they are resampled from the proposal"
+    else:
+        status, lead = "reliable", "the flow's draws and weights can be used as they are"
+    said = [c for c in checks if c.name == CONDITION and c.passed and status != "unreliable"]
+    shown = [*failed, *said] if failed else checks
+    return Verdict(status, (lead, *(c.sentence for c in shown)), tuple(checks))

@@ -1,0 +1,156 @@
+"""One training step as a pure function of (flat parameters, noise), and faster ways to run it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ...flows.distribution import Flow
+from ...running import seconds_of
+from ...targets.recording import NotRecordedError, Program, agree
+from ...targets.target import Target
+from ..estimate.weights import log_weights
+from .objectives import Objective, elbo
+
+WAIT = 8  # steps before one is recorded: about what recording takes
+AGREEMENT = 1e-6  # of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Step(nn.Module):
+    """The loss of one training step as a module, so that ``functional_call`` makes it pure in its parameters.
+
+    forward(noise) -> (loss, log_w): the negative objective over the draws with finite log-weights. The path gradient
+    belongs to the ELBO (in other objectives it is biased: use their own estimators).
+    """
+
+    def __init__(self, flow: Flow, target: Target, objective: Objective = elbo, path: bool = False):
+        super().__init__()
+        if path and objective is not elbo:
+            raise ValueError("path: the path gradient belongs to the ELBO; use path=False with any other objective")
+        self.flow, self.target, self.objective, self.path = flow, target, objective, path
+
+    def forward(self, noise: Tensor) -> Pair:
+        log_w = log_weights(self.flow, self.target, noise, self.path).log_w
+        alive = log_w.detach() > -torch.inf
+        mean = log_w.detach().where(alive, 0.0).sum() / alive.sum().clamp_min(1)
+        return -self.objective(torch.where(alive, log_w, mean)), log_w.detach()
+
+
+class Flat:
+    """A module's trainable parameters as one vector, and the vector as named views."""
+
+    def __init__(self, module: nn.Module):
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
+        self.vector = torch.cat([p.detach().reshape(-1) for _, p in named]) if named else torch.zeros(0)
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([shape.numel() for shape in self.shapes])
+        return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    @torch.no_grad()
+    def store(self, module: nn.Module, vector: Tensor) -> None:
+        for name, value in self.views(vector).items():
+            module.get_parameter(name).copy_(value)
+
+
+class Gradient:
+    """(gradient, log_w) of a step at (vector, noise): eagerly, then as recorded operations, or compiled ones.
+
+    A step is recorded once it has run ``WAIT`` times, from the first if it is to be compiled, and checked against the
+    eager one on another vector and other noise. Where a recorded step raises (a Cholesky, say) the eager one decides.
+
+    refused: why steps cannot be recorded, or "". note: why they are not compiled although asked to be, or "".
+    """
+
+    def __init__(self, step: Step, flat: Flat, record: bool = True, compiled: bool = False):
+        self.step, self.flat = step, flat
+        self.record, self.compiled = record or compiled, compiled
+        self.program: Program | None = None
+        self.run: Callable[[Tensor, Tensor], Pair] | None = None
+        self.refused = self.note = ""
+        self.calls = 0
+
+    def __call__(self, vector: Tensor, noise: Tensor) -> Pair:
+        self.calls += 1
+        if self.run is None and self.record and (self.compiled or self.calls > WAIT):
+            self.calls = 0
+            self._record(vector.detach(), noise)
+        if self.run is None:
+            return self.eagerly(vector, noise)
+        return self._recorded(vector, noise) or self.eagerly(vector, noise)
+
+    def eagerly(self, vector: Tensor, noise: Tensor) -> Pair:
+        vector = vector.detach().requires_grad_()
+        with torch.enable_grad():
+            loss, log_w = functional_call(self.step, self.flat.views(vector), (noise,))
+            (gradient,) = torch.autograd.grad(loss, vector)
+        return gradient, log_w
+
+    def _recorded(self, vector: Tensor, noise: Tensor) -> Pair | None:
+        """By the recorded operations; None where they raise, or where compiling has taken out what would have."""
+        if not self.program.current():
+            self.run = None
+            return None
+        try:
+            with torch.no_grad():
+                gradient, log_w = self.run(vector.detach(), noise)
+        except RuntimeError:  # LinAlgError is one
+            return None
+        return (gradient, log_w) if not self.compiled or bool(gradient.isfinite().all()) else None
+
+    def _record(self, vector: Tensor, noise: Tensor) -> None:
+        target = self.step.target
+        failed = target.failed_rows
+        try:
+            other = vector * (1 + 1e-3), noise.flip(0)
+            self.program = Program(self.eagerly, vector, noise, traceable=self.compiled)
+            expected = self.eagerly(*other)
+            if target.failed_rows > failed:
+                return  # these operations go around a row that failed: record another step
+            run = _compile(self.program.run, vector, noise) if self.compiled else self.program
+            with torch.no_grad():
+                if not agree(run(*other), expected, AGREEMENT):
+                    raise NotRecordedError("it differs from the eager step")
+            self.run = run
+        except Exception as error:  # what a target or a compiler may raise is not known; the eager step stands
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        first = (f"{error}".strip().splitlines() or [""])[0][:200]
+        reason = first if isinstance(error, NotRecordedError) else f"{type(error).__name__}: {first}"
+        if not self.compiled:
+            self.refused, self.record = reason, False
+            return
+        self.compiled, self.note = False, f"compile: the training step was not compiled: {reason}"
+        warnings.warn(self.note, stacklevel=2)
+
+
+def _compile(run: Callable[..., Pair], vector: Tensor, noise: Tensor) -> Callable[[Tensor, Tensor], Pair]:
+    """The operations fused into machine code by TorchInductor, in this process."""
+    import torch._inductor
+    import torch._inductor.config
+
+    graph = torch.fx.symbolic_trace(run)
+    with torch._inductor.config.patch(compile_threads=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch._inductor.compile(graph, [vector, noise])
+
+
+def step_seconds(flow: Flow, target: Target, particles: int) -> float:
+    """Seconds of one training step, run eagerly: recorded steps are faster."""
+    flow = copy.deepcopy(flow)
+
+    def step() -> None:
+        log_w = log_weights(flow, target, particles, path=True).log_w
+        if log_w.requires_grad:
+            log_w.sum().backward()
+
+    return seconds_of(step)
