@@ -144,7 +144,7 @@ def test_errors_of_shifted_draws_are_those_of_the_normal_distribution():
     assert math.isinf(draw_errors(x * math.nan, exact)["mean"])
 
 
-def row(kind="normal", status="reliable", wrong=0.5, own=0.5, failed=(), seed=0):
+def row(kind="normal", status="reliable", wrong=0.5, own=0.5, failed=(), stopped_by=(), seed=0):
     errors = {name: 0.1 for name in LIMITS}
     own_errors = {name: 0.1 for name in list(LIMITS)[1:]} | {"P50": own}
     return Row(
@@ -155,6 +155,7 @@ def row(kind="normal", status="reliable", wrong=0.5, own=0.5, failed=(), seed=0)
         status,
         2.0,
         list(failed),
+        list(stopped_by),
         {},
         {} if status == "error" else errors | {"mean": wrong},
         own_errors,
@@ -167,9 +168,9 @@ ROWS = [
     row(wrong=3.0),
     row(status="corrected", failed=["divergence"]),
     row("funnel", "corrected", wrong=1.01, failed=["own draws"]),
-    row("funnel", "unreliable", failed=["tails", "own draws"]),
-    row("funnel", "unreliable", failed=["tails", "precision"]),
-    row("funnel", "unreliable", wrong=math.inf, failed=["tails"]),
+    row("funnel", "unreliable", failed=["tails", "own draws"], stopped_by=["tails"]),
+    row("funnel", "unreliable", failed=["tails", "precision"], stopped_by=["tails", "precision"]),
+    row("funnel", "unreliable", wrong=math.inf, failed=["tails"], stopped_by=["tails"]),
     row("funnel", "error"),
 ]
 

@@ -11,11 +11,10 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
-from vi_flows.inference.correct.anneal import anneal as correct
-from vi_flows.inference.correct.anneal import smc as annealing
-from vi_flows.inference.judge.checks import Check
+from vi_flows.inference.correct import anneal as correct
+from vi_flows.inference.correct import smc as annealing
+from vi_flows.inference.judge.check import Check, Role
 from vi_flows.inference.judge.proposal import DefensiveProposal
-from vi_flows.inference.judge.verdict import CARRIED
 from vi_flows.inference.locate.gaussian import Gaussians
 from vi_flows.progress import Progress
 from vi_flows.running import Clock
@@ -288,7 +287,7 @@ def test_standard_errors_are_those_over_the_replicates():
 def test_verdict(wrong, annealed):
     """Too few draws for the precision that is asked for; a disagreement with the importance weights is told."""
     checks = {c.name: c for c in annealed.verdict.checks}
-    carried = {c.name for c in wrong.verdict.checks} & set(CARRIED)
+    carried = {c.name for c in wrong.verdict.carried()}
     assert set(checks) == {"precision", "sds", "evidence", "agreement", "tails", "evenness"} | carried
     claimed = all(c.passed for name, c in checks.items() if name != "sds")
     assert annealed.verdict.status == ("corrected" if claimed else "unreliable")
@@ -377,7 +376,7 @@ def test_a_check_that_concerns_the_target_is_carried_over():
     target = vf.LogDensity(lambda x: -0.5 * x.square().sum(-1), dim=1)
     posterior = vf.diagnose(gaussian_flow([0.0], [[1.2]]), target, progress=False, num_draws=1000)
     assert posterior.anneal().verdict.status == "corrected"
-    missed = Check("unseen basins", 1.0, 0.01, False, "a basin was missed")
+    missed = Check("unseen basins", 1.0, 0.01, False, "a basin was missed", Role.CONDITION)
     verdict = dataclasses.replace(posterior.verdict, checks=(missed,))
     annealed = dataclasses.replace(posterior, verdict=verdict).anneal()
     assert annealed.verdict.status == "unreliable" and missed in annealed.verdict.checks
@@ -420,8 +419,8 @@ def test_one_temperature_mends_nothing():
 
 
 def test_nothing_is_annealed_that_has_no_place_or_no_time(wrong):
-    for name in ("improper", "unseen basins", "time"):
-        verdict = wrong.verdict.refused(Check(name, 1.0, 1.0, False, "so"))
+    for name, role in (("improper", Role.TARGET), ("unseen basins", Role.CONDITION), ("time", Role.TARGET)):
+        verdict = wrong.verdict.refused(Check(name, 1.0, 1.0, False, "so", role))
         kept = dataclasses.replace(wrong, verdict=verdict)
         with Progress(False) as bar:
             assert correct.mended(kept, Clock(None), bar) is kept

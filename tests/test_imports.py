@@ -14,7 +14,7 @@ PACKAGE = Path(vi_flows.__file__).parent
 FLOORS = [
     {"arguments", "atomic", "errors", "progress", "running", "version"},
     {"flows", "targets"},
-    {"inference/estimate"},
+    {"inference/bounds", "inference/estimate"},
     {"inference/locate", "inference/train"},
     {"inference/structured", "inference/judge"},
     {"inference/correct", "inference/scoring", "inference/options"},

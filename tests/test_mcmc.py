@@ -13,10 +13,10 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
-from vi_flows.inference.correct.anneal import chains as mcmc
-from vi_flows.inference.correct.anneal import independence, neutra
+from vi_flows.inference.correct import chains as mcmc
+from vi_flows.inference.correct import independence, neutra
 from vi_flows.inference.estimate.quantities import estimate
-from vi_flows.inference.judge.checks import Check
+from vi_flows.inference.judge.check import Check, Role, Verdict
 
 LOC, COVARIANCE = torch.tensor([1.0, -2.0]).double(), torch.tensor([[1.0, 1.2], [1.2, 4.0]]).double()
 FEW = {"chains": 4, "draws": 250, "warmup": 100, "seed": 2}
@@ -409,11 +409,11 @@ def test_agreement_tells_a_missed_mode():
 
 def test_verdict_keeps_what_chains_cannot_tell(wrong, nuts):
     """A fit that found a basin outside m, or no end of its tails, is not mended by chains from its draws."""
-    failed = Check("proper", 1.0, 0.5, False, "mass far out")
-    bad = mcmc._decide([*(c for c in nuts.verdict.checks if c.passed), failed])
+    failed = Check("proper", 1.0, 0.5, False, "mass far out", Role.TARGET)
+    bad = Verdict.of([*(c for c in nuts.verdict.checks if c.passed), failed], mcmc.LEAD)
     assert bad.status == "unreliable"
     assert "mass far out" in bad.reasons
-    assert mcmc._decide([c for c in nuts.verdict.checks if c.passed]).status == "corrected"
+    assert Verdict.of([c for c in nuts.verdict.checks if c.passed], mcmc.LEAD).status == "corrected"
 
 
 def test_errors_are_those_of_autocorrelated_chains():

@@ -17,9 +17,10 @@ from vi_flows.flows.parameters import Fixed
 from vi_flows.inference.estimate.psis import hidden, khat, khat_upper, tail_size
 from vi_flows.inference.estimate.quantities import estimate
 from vi_flows.inference.estimate.weights import Weights, log_mean
+from vi_flows.inference.judge import checks, probing
 from vi_flows.inference.judge.proposal import DefensiveProposal
 from vi_flows.inference.judge.propriety import FAR, far_shares
-from vi_flows.inference.judge.verdict import FIRST, checks, judge, probing
+from vi_flows.inference.judge.verdict import FIRST, judge
 from vi_flows.inference.locate.gaussian import FRESH, Gaussians
 from vi_flows.running import Clock, seeded
 from vi_flows.testing.synthetic import Funnel, synthetic

@@ -21,14 +21,15 @@ from ..targets import Target, check_target, settle_dtype
 from ..targets.check import where_it_starts
 from ..targets.target import is_model
 from ..targets.values import told_of_values
+from .bounds import GOOD
 from .correct.anneal import mended
 from .estimate.evaluate import in_blocks
 from .estimate.psis import import_arviz
 from .estimate.weights import draw_seconds, log_weights, mean_elbo
-from .judge.checks import Check
+from .judge.check import Check, Role
 from .judge.fitted import Fitted
-from .judge.propriety import IMPROPER, improper
-from .judge.verdict import CONDITION, FIRST, NECKED, PROBED, TIME, Judgement, judge
+from .judge.propriety import improper
+from .judge.verdict import FIRST, NECKED, PROBED, Judgement, cut_short, judge
 from .locate.centring import centred
 from .locate.locate import joined
 from .options import Options
@@ -37,7 +38,6 @@ from .train.loop import LONG, Training, train
 from .train.step import step_seconds
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
-GOOD = 0.02  # variance of log-weights, twice the KL, below which no other start is tried
 CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
 CHECKED = 32  # points on which a target is checked first
 
@@ -140,17 +140,16 @@ def judged(
     began = time.monotonic()
     judgement = judge(flow, target, modes, options.num_draws, probes=found.probes, clock=clock)
     took, left = time.monotonic() - began, clock.left()
-    missed = any(check.name == CONDITION and not check.passed for check in judgement.verdict.checks)
-    if missed and (left is None or took < left):
+    if judgement.verdict.failed(Role.CONDITION) and (left is None or took < left):
         modes = joined(modes, found.probes)
         judgement = judge(flow, target, modes, options.num_draws, attempt=2, probes=found.probes, clock=clock)
     if clock.cut:
-        said = f"{clock.cut[0]} was cut short by max_seconds: modes may have been missed; give it more time"
-        judgement.verdict = judgement.verdict.refused(Check(TIME, 1.0, 1.0, False, said))
+        cut = cut_short(f"{clock.cut[0]} was cut short by max_seconds: modes may have been missed")
+        judgement.verdict = judgement.verdict.refused(cut)
     if judgement.verdict.status == "unreliable":
         said = improper(target, judgement.proposal, modes)
         if said:
-            judgement.verdict = judgement.verdict.refused(Check(IMPROPER, 1.0, 1.0, False, said))
+            judgement.verdict = judgement.verdict.refused(Check("improper", 1.0, 1.0, False, said, Role.TARGET))
     clock.lap("judging")
     return Fitted(
         **vars(judgement),

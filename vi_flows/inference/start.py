@@ -17,6 +17,7 @@ from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target
 from ..targets.target import is_model
+from .bounds import EVEN, PAYS
 from .judge.fitted import Fitted
 from .locate.gaussian import Gaussians
 from .locate.locate import Located, locate
@@ -28,8 +29,6 @@ from .structured.regressed import around
 
 FlowChoice = str | Flow | Callable[[int], Flow]
 AROUND = 600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
-PAYS = 30.0  # variance of a structured start's log-weights, from where training is not trusted to mend it
-EVEN = 3e-4  # variance of log-weights below which "auto" takes no flow: at .002 a normal's tails still cost k̂ .7
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
 

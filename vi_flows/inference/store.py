@@ -21,8 +21,8 @@ from ..flows.parameters import Fixed
 from ..flows.structured import rebuilt
 from ..targets.target import Target
 from .estimate.weights import Weights
+from .judge.check import Check, Role, Verdict
 from .judge.fitted import Fitted
-from .judge.verdict import Check, Verdict
 from .locate.gaussian import Gaussians
 from .rehearse.rehearse import Rehearsal
 
@@ -126,7 +126,9 @@ def _number(value: float | str) -> float:
 
 
 def _verdict(header: dict[str, Any]) -> Verdict:
-    checks = tuple(Check(**{**c, "statistic": _number(c["statistic"])}) for c in header["checks"])
+    checks = tuple(
+        Check(**{**c, "statistic": _number(c["statistic"]), "role": Role(c["role"])}) for c in header["checks"]
+    )
     return Verdict(header["status"], tuple(header["reasons"]), checks)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import whole
 from ..fitting.fit import fit
 from ..fitting.posterior import Posterior
-from ..inference.judge.verdict import CAVEATS, CORRECTED
+from ..inference.judge.check import SPARED
 from ..inference.rehearse.ranks import Rate
 from ..inference.rehearse.refits import CLAIMED, STATUSES
 from .hierarchies import Hierarchy, hierarchy
@@ -35,9 +35,9 @@ class Row:
 
     kind, seed, dim, target: what was fitted, :func:`known_target`, whose seed was also the fit's. status: of the
     verdict, or "error" where the fit raised (``message`` says what). checks: statistic/bound of each, passed below 1;
-    failed: those that did not pass. errors, own_errors: of the weighted draws and log Ẑ, and of unweighted draws of q,
-    as multiples of LIMITS, so that 1 is the largest that is right. log_z_error, log_z_se, khat, ess (a share),
-    cpu_seconds: of the fit.
+    failed: those that did not pass; stopped_by: of these, those without which it would be claimed. errors, own_errors:
+    of the weighted draws and log Ẑ, and of unweighted draws of q, as multiples of LIMITS, so that 1 is the largest that
+    is right. log_z_error, log_z_se, khat, ess (a share), cpu_seconds: of the fit.
     """
 
     kind: str
@@ -47,6 +47,7 @@ class Row:
     status: str
     cpu_seconds: float
     failed: list[str] = field(default_factory=list)
+    stopped_by: list[str] = field(default_factory=list)
     checks: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     own_errors: dict[str, float] = field(default_factory=dict)
@@ -68,11 +69,6 @@ class Row:
     @property
     def right(self) -> bool:
         return self.status != "error" and not self.wrong
-
-    @property
-    def stopped_by(self) -> list[str]:
-        """The failed checks without which the fit would have been claimed."""
-        return [name for name in self.failed if name not in (*CORRECTED, *CAVEATS)]
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,7 @@ def compare(
         status=posterior.verdict.status,
         cpu_seconds=cpu_seconds,
         failed=[check.name for check in checks if not check.passed],
+        stopped_by=[check.name for check in checks if not check.passed and check.role not in SPARED],
         checks={check.name: check.statistic / check.bound for check in checks},
         errors={"log Z": _multiple(abs(log_z), "log Z"), **draw_errors(drawn(weighted=True), exact)},
         own_errors=draw_errors(drawn(weighted=False), exact),

@@ -16,24 +16,23 @@ from ...progress import Progress
 from ...running import Clock, seeded
 from ...running import threads as torch_threads
 from ...targets.target import Target
+from ..bounds import AGREEMENT, EVIDENCE_SE, KHAT_BOUND, MISSING_MASS, UNEVEN
 from ..estimate.psis import khat, khat_upper, resampling_weights
 from ..estimate.quantities import Estimates, carrying, estimate, flatten, vary
 from ..estimate.quantities import resample as by_weight
 from ..estimate.weights import Weights, effective_sample_size, log_mean, log_mean_se
-from ..judge.checks import KHAT_BOUND, MISSING_MASS, Check, precision, sds
+from ..judge.check import CARRIED, Check, Role, Verdict
+from ..judge.checks import precision, sds
 from ..judge.fitted import Fitted
 from ..judge.latent import Path, Rung
-from ..judge.necks import NECKS, Walk, necks, scale_moves
+from ..judge.necks import Walk, necks, scale_moves
 from ..judge.proposal import DefensiveProposal
-from ..judge.verdict import CARRIED, CAVEATS, CORRECTED, Verdict
 from ..locate.points import DENSE_DIMS
 from .smc import KEPT, MOST_RUNGS, Run, pilot, run
 
-EVIDENCE_SE = 0.05
-AGREEMENT = 3.0  # standard errors
 ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
 BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
-UNEVEN = 0.9  # of a step's particles, lost to uneven weights
+LEAD = "use weighted draws (the default of sample): they were annealed"
 
 
 def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
@@ -102,7 +101,7 @@ def walk_of_necks(posterior: Fitted) -> Walk | None:
     """Moves of scales, where the weighted draws do not reach where a scale is small (or large); else None."""
     target, draws = posterior.target, posterior.proposal
     with seeded(0):  # whatever is drawn here, the rest is what it would be without
-        checks = [c for c in posterior.verdict.checks if c.name == NECKS] or necks(target, draws)
+        checks = [c for c in posterior.verdict.checks if c.role is Role.NECK] or necks(target, draws)
         return None if all(check.passed for check in checks) else scale_moves(target, draws)
 
 
@@ -117,8 +116,7 @@ def _afford(seconds: float, needed: float) -> None:
 def _sees_something(posterior: Fitted, schedule: list[Rung]) -> None:
     """Raise where weights failed but the pilot went from m to p in one step: it has not drawn what is wrong with m, and
     runs from there would not either, and agree with each other."""
-    besides = (*CORRECTED, *CAVEATS, *CARRIED, NECKS)  # what a claim may lack, and what the result is judged by anew
-    failed = [c.name for c in posterior.verdict.checks if not c.passed and c.name not in besides]
+    failed = posterior.verdict.failed(Role.DRAWS)
     if len(schedule) == 1 and failed:
         raise ValueError(
             f"annealing would repeat what is wrong ({', '.join(failed)}): its pilot sees one temperature from the "
@@ -129,8 +127,8 @@ def _sees_something(posterior: Fitted, schedule: list[Rung]) -> None:
 def mended(posterior: Fitted, clock: Clock, bar: Progress) -> Fitted:
     """The posterior; or, if its weights are unreliable but have seen all modes, its annealed draws where these can be
     claimed, and made in time. Necks that no draw has reached are reached by moves of scales."""
-    failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    if posterior.verdict.status != "unreliable" or set(CARRIED) & set(failed):
+    failed = posterior.verdict.failed()
+    if posterior.verdict.status != "unreliable" or posterior.verdict.failed(*CARRIED):
         return posterior
     if posterior.flow.dim > DENSE_DIMS:
         note = f"annealing in {posterior.flow.dim} dimensions takes long: posterior.anneal() tries it."
@@ -169,7 +167,7 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
         evidence(se),
         _settled(early, log_z) if bridged else _agreement(posterior, level, se),
         *_steps(runs),
-        *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *posterior.verdict.carried(),
         *necks(posterior.target, weights),
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
@@ -180,7 +178,7 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
     )
     return dataclasses.replace(
         posterior,
-        verdict=_decide(checks),
+        verdict=Verdict.of(checks, LEAD),
         proposal=weights,
         log_evidence=level,
         log_evidence_se=se,
@@ -229,11 +227,8 @@ def _errors(a: Estimates, b: Estimates) -> list[tuple[Tensor, Tensor]]:
 
 
 def evidence(se: float) -> Check:
-    passed = se < EVIDENCE_SE
-    sentence = f"the standard error of log Ẑ over the runs is {se:.4f}" + (
-        "" if passed else f", not below {EVIDENCE_SE}"
-    )
-    return Check("evidence", se, EVIDENCE_SE, passed, sentence)
+    sentence = f"the standard error of log Ẑ over the runs is {se:.4f}"
+    return Check.of("evidence", se, EVIDENCE_SE, sentence, f"{sentence}, not below {EVIDENCE_SE}")
 
 
 def _agreement(posterior: Fitted, level: float, se: float) -> Check:
@@ -241,10 +236,9 @@ def _agreement(posterior: Fitted, level: float, se: float) -> Check:
     difference = level - posterior.log_evidence
     error = math.hypot(se, posterior.log_evidence_se)
     statistic = abs(difference) - AGREEMENT * error
-    passed = statistic < MISSING_MASS
     sentence = f"log Ẑ by annealing and by importance weights alone differ by {difference:+.4f} (se {error:.4f})"
-    sentence += "" if passed else f", by more than {MISSING_MASS} and {AGREEMENT:g} se: one of them misses mass"
-    return Check("agreement", statistic, MISSING_MASS, passed, sentence)
+    otherwise = f"{sentence}, by more than {MISSING_MASS} and {AGREEMENT:g} se: one of them misses mass"
+    return Check.of("agreement", statistic, MISSING_MASS, sentence, otherwise, Role.BESIDE)
 
 
 def _bridged(made: Run, b: float, log_w_of_p: Tensor | None) -> float:
@@ -259,10 +253,9 @@ def _settled(early: Tensor, late: Tensor) -> Check:
     """
     drift = (late - early).nan_to_num(nan=0.0)
     statistic = float(drift.mean().abs() + drift.std() / math.sqrt(len(drift)))
-    bound, passed = MISSING_MASS / 2, statistic < MISSING_MASS / 2
     sentence = f"log Ẑ changed by {float(drift.mean()):+.4f} over the last moves of scales"
-    sentence += "" if passed else f", not seen to be within {bound}: they have not come to the end of a neck"
-    return Check("settled", statistic, bound, passed, sentence)
+    otherwise = f"{sentence}, not seen to be within {MISSING_MASS / 2}: they have not come to the end of a neck"
+    return Check.of("settled", statistic, MISSING_MASS / 2, sentence, otherwise)
 
 
 def bridge(log_w: Tensor, log_w_of_p: Tensor) -> float:
@@ -286,21 +279,13 @@ def _steps(runs: list[Run]) -> list[Check]:
     steps = [torch.cat(log_w) for log_w in zip(*(r.log_w for r in runs if r.log_w), strict=True)]
     worst = max(khat_upper(khat(log_w), len(log_w)) for log_w in steps)
     share = min(effective_sample_size(log_w) / len(log_w) for log_w in steps)
-    heavy, even = worst < KHAT_BOUND, 1 - share < UNEVEN
     tails = f"the largest upper limit of k̂ of a step's weights is {worst:.2f}"
-    tails += "" if heavy else f", not below {KHAT_BOUND}: m leaves out a part of p that moves do not mend"
-    evenness = f"the least even weights of a step have an ESS of {share:.0%} of the particles"
-    evenness += "" if even else f", not above {1 - UNEVEN:.0%}"
-    return [Check("tails", worst, KHAT_BOUND, heavy, tails), Check("evenness", 1 - share, UNEVEN, even, evenness)]
-
-
-def _decide(checks: list[Check]) -> Verdict:
-    """ "corrected" where every check passes: the weighted draws can be relied on, whatever those of q are like."""
-    failed = [c for c in checks if not c.passed]
-    bad = any(c.name not in CAVEATS for c in failed)
-    status = "unreliable" if bad else "corrected"
-    lead = "do not rely on these draws" if bad else "use weighted draws (the default of sample): they were annealed"
-    return Verdict(status, (lead, *(c.sentence for c in failed or checks)), tuple(checks))
+    heavy = f"{tails}, not below {KHAT_BOUND}: m leaves out a part of p that moves do not mend"
+    even = f"the least even weights of a step have an ESS of {share:.0%} of the particles"
+    return [
+        Check.of("tails", worst, KHAT_BOUND, tails, heavy),
+        Check.of("evenness", 1 - share, UNEVEN, even, f"{even}, not above {1 - UNEVEN:.0%}"),
+    ]
 
 
 def _recorded(rungs: list[Rung], runs: list[Run]) -> dict[str, Any]:

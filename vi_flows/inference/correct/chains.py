@@ -16,27 +16,17 @@ from ...arguments import one_of, whole
 from ...progress import Progress
 from ...running import seeded
 from ...running import threads as torch_threads
+from ..bounds import AGREEMENT, BFMI, DISTANCE, DIVERGENT, KHAT_BOUND, LEAST_ESS, RHAT, SHIFT
 from ..estimate.evaluate import in_blocks
 from ..estimate.psis import import_arviz, khat, khat_upper, resampling_weights
 from ..estimate.quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, resample_along, vary
 from ..estimate.weights import Weights, log_mean
-from ..judge.checks import (
-    KHAT_BOUND,
-    PROBABILITY_SE,
-    SHIFT,
-    SHIFTS,
-    Check,
-    precision,
-    sds,
-    tails,
-    tails_of_means,
-    unseen_moments,
-)
+from ..judge.check import Check, Role, Verdict
+from ..judge.checks import PROBABILITY_SE, SHIFTS, precision, sds, tails, tails_of_means, unseen_moments
 from ..judge.fitted import Fitted
 from ..judge.latent import Path
 from ..judge.necks import necks
 from ..judge.proposal import DefensiveProposal
-from ..judge.verdict import CARRIED, CAVEATS, CONDITION, Verdict
 from . import independence, neutra
 from .anneal import bridge, evidence, replicate_se, walk_of_necks
 from .smc import rescaled
@@ -44,13 +34,9 @@ from .smc import rescaled
 HAMILTONIAN = ("nuts", "hmc")
 INDEPENDENT = {"imh": None, "isir": 8}  # proposals in each step of i-SIR
 DRAWS, WARMUP = 750, 300  # of each Hamiltonian chain: eight are evaluated together, at hardly the price of one
-RHAT, LEAST_ESS = 1.01, 400
-DIVERGENT = 0.002  # of the transitions
-BFMI = 0.3
 LEAST_STEPS = 100  # of an independence chain
-DISTANCE = 0.01  # in total variation
 REPLICATES, TIMES = 1000, 200  # by and at which it is bounded
-AGREEMENT = 3.0  # standard errors
+LEAD = "use weighted draws (the default of sample): states of chains"
 
 
 @dataclass(frozen=True)
@@ -192,7 +178,7 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
         tails_of_means(names, unseen),
         sds(names, values, unseen),
         *_beside_weights(posterior, made, names, theta, columns, values),
-        *(c for c in posterior.verdict.checks if c.name in CARRIED),
+        *posterior.verdict.carried(),
         *necks(posterior.target, Weights(x, even, torch.zeros_like(even))),
     ]
     note = _note(made, float((values.mean_se / independent.mean_se).nanmedian()))
@@ -200,7 +186,7 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
     how = {"rhat": mixing[0].statistic, "ess": LEAST_ESS / mixing[1].statistic, **made.how}
     return dataclasses.replace(
         posterior,
-        verdict=_decide(checks),
+        verdict=Verdict.of(checks, LEAD),
         proposal=Weights(x, log_p - level, log_p),
         log_evidence=level,
         log_evidence_se=error,
@@ -262,22 +248,22 @@ def _mixing(names: list[str], theta: Tensor, chains: int) -> list[Check]:
     kinds = ("bulk", "tail")
     ess = torch.tensor([[float(az.ess(c, method=kind)) for c in columns] for kind in kinds]).nan_to_num(0.0)
     worst, where = float(rhat.max()), names[int(rhat.argmax())]
-    mixed = Check("R-hat", worst, RHAT, worst < RHAT, f"the largest R̂ of the chains is {worst:.3f}, of {where}")
-    if not mixed.passed:
-        words = f"{mixed.sentence}, not below {RHAT}: they have not mixed, or cannot move between modes"
-        mixed = dataclasses.replace(mixed, sentence=words)
+    mixed = f"the largest R̂ of the chains is {worst:.3f}, of {where}"
+    apart = f"{mixed}, not below {RHAT}: they have not mixed, or cannot move between modes"
     least, kind = float(ess.min()), kinds[int(ess.amin(1).argmin())]
     sentence = f"the smallest ESS of the chains is {least:.0f}, {kind} of {names[int(ess.amin(0).argmin())]}"
-    sentence += "" if least > LEAST_ESS else f", not above {LEAST_ESS}: raise draws="
-    return [mixed, Check("ESS", LEAST_ESS / max(least, 1e-9), 1.0, least > LEAST_ESS, sentence)]
+    few = f"{sentence}, not above {LEAST_ESS:.0f}: raise draws="
+    return [
+        Check.of("R-hat", worst, RHAT, mixed, apart),
+        Check.of("ESS", LEAST_ESS / max(least, 1e-9), 1.0, sentence, few),
+    ]
 
 
 def _divergences(counts: list[int], transitions: int) -> Check:
     share = sum(counts) / transitions
-    passed = share < DIVERGENT
     sentence = f"{sum(counts)} of {transitions} transitions diverged"
-    sentence += "" if passed else f", not below {DIVERGENT:.1%}: a part of the target is too steep for the step size"
-    return Check("divergences", share, DIVERGENT, passed, sentence)
+    otherwise = f"{sentence}, not below {DIVERGENT:.1%}: a part of the target is too steep for the step size"
+    return Check.of("divergences", share, DIVERGENT, sentence, otherwise)
 
 
 def _energy(potential: Tensor, dim: int) -> Check:
@@ -286,17 +272,15 @@ def _energy(potential: Tensor, dim: int) -> Check:
     E(ΔE)²/Var E of E = U + K, K ~ χ²_D/2 drawn anew at each step: so (ΔE)² has mean D, and E variance Var U + D/2.
     """
     worst = float((dim / (potential.var(1) + dim / 2)).nan_to_num(0.0).min())
-    passed = worst > BFMI
     sentence = f"the smallest E-BFMI of the chains is {worst:.2f}"
-    sentence += "" if passed else f", not above {BFMI}: tails too heavy to be reached by momenta"
-    return Check("energy", 1 / max(worst, 1e-9), 1 / BFMI, passed, sentence)
+    otherwise = f"{sentence}, not above {BFMI}: tails too heavy to be reached by momenta"
+    return Check.of("energy", 1 / max(worst, 1e-9), 1 / BFMI, sentence, otherwise)
 
 
 def _distance(bound: float, warmup: int, steps: int) -> Check:
-    passed = bound < DISTANCE
     sentence = f"after {warmup} of {steps} steps the chains are within {bound:.3g} of the target in total variation"
-    sentence += "" if passed else f", not {DISTANCE}: a few draws carry most of the weight"
-    return Check("total variation", bound, DISTANCE, passed, sentence)
+    otherwise = f"{sentence}, not {DISTANCE}: a few draws carry most of the weight"
+    return Check.of("total variation", bound, DISTANCE, sentence, otherwise)
 
 
 def _thirds(values: Estimates) -> Estimates:
@@ -324,18 +308,9 @@ def _agreement(names: list[str], theta: Tensor, values: Estimates, weighted: Est
     ratio = torch.maximum(ratio, mean).nan_to_num(math.inf)
     worst, name = float(ratio.max()), names[int(ratio.argmax())]
     sentence = f"chains and importance weights differ most in {name}, by {worst:.2f} times what is allowed"
-    return Check("agreement", worst, 1.0, worst < 1, sentence)
+    return Check.of("agreement", worst, 1.0, sentence, sentence, Role.BESIDE)
 
 
 def _alone(why: str) -> Check:
-    return Check("agreement", 0.0, 1.0, True, f"importance weights are no measure ({why}): the chains stand alone")
-
-
-def _decide(checks: list[Check]) -> Verdict:
-    """ "corrected" where every check passes: the chains' states can be relied on, whatever the draws of q are like."""
-    failed = [c for c in checks if not c.passed]
-    bad = any(c.name not in CAVEATS for c in failed)
-    lead = "do not rely on these draws" if bad else "use weighted draws (the default of sample): states of chains"
-    said = [] if bad else [c for c in checks if c.passed and c.name in ("agreement", CONDITION)]
-    shown = [*failed, *said] if failed else checks
-    return Verdict("unreliable" if bad else "corrected", (lead, *(c.sentence for c in shown)), tuple(checks))
+    sentence = f"importance weights are no measure ({why}): the chains stand alone"
+    return Check("agreement", 0.0, 1.0, True, sentence, Role.BESIDE)

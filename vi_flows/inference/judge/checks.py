@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -11,37 +10,34 @@ from torch import Tensor
 
 from ...targets.target import Target
 from ...targets.values import BELIEVED, as_computed, edges, precision_of, show
+from ..bounds import (
+    DIVERGENCE,
+    ENDS_SE,
+    ENDS_SHIFT,
+    HEAVIEST,
+    HIDDEN,
+    LOG_SD,
+    MEAN_SE,
+    MEAN_UNSEEN,
+    MEDIAN_SE,
+    MEDIAN_SHIFT,
+    MISSING_MASS,
+    ROUNDED,
+    SHIFT,
+    UNSEEN,
+)
 from ..estimate.evaluate import in_blocks
 from ..estimate.psis import hidden, khat, khat_upper
 from ..estimate.quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
 from ..estimate.weights import Weights, log_mean, log_mean_se, mean_elbo
+from .check import Check, Role
 
-KHAT_BOUND = 0.7  # from where weights, as they are, do not serve to compare others with
-UNSEEN, MEAN_UNSEEN = 0.02, 0.05  # what weights beyond those drawn may carry: of the integral, of means (in sd)
-HEAVIEST = 0.95  # shape of the weights' tail: p has an integral, so they have a mean
-MEAN_SE = 0.025
-PROBABILITY_SE = torch.tensor([[0.003], [0.006], [0.003]], dtype=torch.float64)  # at the 5, 50 and 95 % points
-LOG_SD = 0.1  # by which the log of an sd may be off, with 2 se
-MISSING_MASS = 0.02
-ROUNDED = 0.01  # nats that log p may be rounded by; more, and differences between draws are noise that looks like p
-HIDDEN = 0.002  # of the mass, that may lie where log p is NaN or has overflowed; more, and a claim would be of a part
-DIVERGENCE = 0.05  # nats; a missed correlation of .3 costs as much
+PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)  # at the 5, 50, 95 % points
+SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ
 OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
-SHIFT, SHIFTS = 0.1, (0.015, 0.03, 0.015)  # by which their means (in sd) and probabilities may differ
 TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
 NAMED = 4  # quantities in one sentence
 UPPER, TWO = 1.28, 2.0  # standard errors: of k̂, and of what q is compared by, at the first attempt
-
-
-@dataclass(frozen=True)
-class Check:
-    """One step of the rule: passed if statistic < bound; sentence says it in words."""
-
-    name: str
-    statistic: float
-    bound: float
-    passed: bool
-    sentence: str
 
 
 def stricter(multiple: float, attempt: int) -> float:
@@ -101,9 +97,8 @@ def tails(log_w: Tensor, multiple: float = UPPER) -> Check:
     upper = khat_upper(khat(log_w), len(log_w), multiple)
     share = hidden(log_w - log_w.logsumexp(0), min(upper, HEAVIEST))
     sentence = f"weights beyond those drawn carry up to {share:.2%} of the integral (upper limit of k̂ {upper:.2f}"
-    passed = share < UNSEEN
-    sentence += ")" if passed else f"), not below {UNSEEN:.0%}: a few draws carry the estimates"
-    return Check("tails", share, UNSEEN, passed, sentence)
+    otherwise = f"{sentence}), not below {UNSEEN:.0%}: a few draws carry the estimates"
+    return Check.of("tails", share, UNSEEN, f"{sentence})", otherwise)
 
 
 def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, multiple: float = UPPER) -> Tensor:
@@ -137,10 +132,8 @@ def tails_of_means(names: list[str], unseen: Tensor) -> Check:
     Where neither is bounded, as for a Cauchy, there may be no mean to move: :func:`sds` leaves it out of the claim.
     """
     worst, name = _worst(torch.where(_endless(unseen), 0.0, unseen[0]), names)
-    passed = worst < MEAN_UNSEEN
-    sentence = f"weights beyond those drawn move means by up to {worst:.3f} sd ({name}"
-    sentence += ")" if passed else f"), not below {MEAN_UNSEEN}"
-    return Check("tails of means", worst, MEAN_UNSEEN, passed, sentence)
+    sentence = f"weights beyond those drawn move means by up to {worst:.3f} sd ({name})"
+    return Check.of("tails of means", worst, MEAN_UNSEEN, sentence, f"{sentence}, not below {MEAN_UNSEEN}")
 
 
 def precision(names: list[str], values: Estimates) -> Check:
@@ -150,21 +143,19 @@ def precision(names: list[str], values: Estimates) -> Check:
     kind, ratio = max(kinds.items(), key=lambda item: _worst(item[1], names)[0])
     worst, name = _worst(ratio, names)
     sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"
-    return Check("precision", worst, 1.0, worst < 1, sentence)
+    return Check.of("precision", worst, 1.0, sentence, sentence)
 
 
 def sds(names: list[str], values: Estimates, unseen: Tensor | None = None) -> Check:
     """How far log sds may be off: by what no weight has shown, unseen (2, Q) of means and log sds, and by 2 se."""
     error = TWO * values.log_sd_se + (0.0 if unseen is None else unseen[1])
     worst, name = _worst(error, names)
-    if worst < LOG_SD:
-        sentence = f"the least certain log sd, of {name}, is off by less than {worst:.3f}"
-        return Check("sds", worst, LOG_SD, True, sentence)
-    sentence = f"tails are too heavy to tell the sd of {_listed(names, ~(error < LOG_SD))} to {LOG_SD:.0%}: "
-    sentence += "rely on quantiles there, not on sds"
+    said = f"the least certain log sd, of {name}, is off by less than {worst:.3f}"
+    otherwise = f"tails are too heavy to tell the sd of {_listed(names, ~(error < LOG_SD))} to {LOG_SD:.0%}: "
+    otherwise += "rely on quantiles there, not on sds"
     if unseen is not None and bool(_endless(unseen).any()):
-        sentence += f"; nor, for {_listed(names, _endless(unseen))}, on means, which may not exist"
-    return Check("sds", worst, LOG_SD, False, sentence)
+        otherwise += f"; nor, for {_listed(names, _endless(unseen))}, on means, which may not exist"
+    return Check.of("sds", worst, LOG_SD, said, otherwise, Role.CAVEAT)
 
 
 def _endless(unseen: Tensor) -> Tensor:
@@ -182,16 +173,14 @@ def rounding(target: Target, pooled: Weights) -> Check:
     """To how many nats log p is told at the draws that carry weight: eps · E|log p|, eps of what it is computed in."""
     alive = carrying(pooled.log_w)
     if not len(alive):
-        return Check("rounding", math.inf, ROUNDED, False, "no draw has a log p to be told")
+        return Check("rounding", math.inf, ROUNDED, False, "no draw has a log p to be told", Role.TARGET)
     level = float(pooled.log_w[alive].softmax(0) @ pooled.log_p[alive].abs())
     dtype = precision_of(target, pooled.x[alive])
     error, precision = torch.finfo(dtype).eps * level, f"{dtype}".removeprefix("torch.")
     sentence = f"log p, near {level:.2g} in size, is told to {error:.1g} nats by {precision}"
-    if error < ROUNDED:
-        return Check("rounding", error, ROUNDED, True, sentence)
     wider = "" if dtype == torch.float64 else ", or compute it in float64 throughout"
-    sentence += f", not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
-    return Check("rounding", error, ROUNDED, False, sentence)
+    otherwise = f"{sentence}, not to {ROUNDED}: subtract a constant from it before it is rounded{wider}"
+    return Check.of("rounding", error, ROUNDED, sentence, otherwise, Role.TARGET)
 
 
 def holes(target: Target, pooled: Weights) -> list[Check]:
@@ -210,22 +199,17 @@ def holes(target: Target, pooled: Weights) -> list[Check]:
     weight = pooled.log_w.softmax(0).nan_to_num(0.0)
     share = float(weight[pooled.log_p < edge[i]].sum())
     where = f"log p is {float(log_p[rows[i]]):.3g} at x = {show(pooled.x[rows[i]])}"
-    if share < HIDDEN:
-        sentence = f"{where}, beyond all but {share:.2%} of the mass"
-    else:
-        sentence = f"{where}, beside draws that weigh ({share:.1%} of the mass may lie there): repair the density there"
-    return [Check("holes", share, HIDDEN, share < HIDDEN, sentence)]
+    said = f"{where}, beyond all but {share:.2%} of the mass"
+    otherwise = f"{where}, beside draws that weigh ({share:.1%} of the mass may lie there): repair the density there"
+    return [Check.of("holes", share, HIDDEN, said, otherwise, Role.TARGET)]
 
 
 def mass(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
     difference = log_mean(log_w) - log_mean(log_w_q)
     statistic = abs(difference) + multiple * math.hypot(log_mean_se(log_w), log_mean_se(log_w_q))
-    passed = statistic < MISSING_MASS
     sentence = f"log Ẑ by the defensive proposal and by q differ by {difference:+.4f} (with 2 se: {statistic:.4f}"
-    sentence += (
-        ")" if passed else f", not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
-    )
-    return Check("mass outside q", statistic, MISSING_MASS, passed, sentence)
+    otherwise = f"{sentence}, not below {MISSING_MASS}): q misses mass, or its own weights are too uneven to tell"
+    return Check.of("mass outside q", statistic, MISSING_MASS, f"{sentence})", otherwise, Role.FLOW)
 
 
 def divergence(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
@@ -234,10 +218,9 @@ def divergence(log_w: Tensor, log_w_q: Tensor, multiple: float = TWO) -> Check:
     spread = float(finite.std()) if len(finite) > 1 else math.inf
     gap = log_mean(log_w) - mean_elbo(log_w_q)
     statistic = gap + multiple * math.hypot(spread / math.sqrt(len(log_w_q)), log_mean_se(log_w))
-    passed = statistic < DIVERGENCE
     sentence = f"KL(q‖p), the gap of the ELBO, is {gap:.3f} (with 2 se: {statistic:.3f}"
-    sentence += ")" if passed else f", not below {DIVERGENCE})"
-    return Check("divergence", statistic, DIVERGENCE, passed, sentence)
+    otherwise = f"{sentence}, not below {DIVERGENCE})"
+    return Check.of("divergence", statistic, DIVERGENCE, f"{sentence})", otherwise, Role.FLOW)
 
 
 def own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:
@@ -248,7 +231,7 @@ def own_draws(names: list[str], theta: Tensor, values: Estimates) -> Check:
     off = (below - torch.tensor(PROBABILITIES).to(below)[:, None]).abs() / torch.tensor(SHIFTS).to(below)[:, None]
     worst, name = _worst(torch.maximum(mean, off.amax(0)), names)
     sentence = f"draws of q, unweighted, differ most in {name}, by {worst:.2f} times what is allowed"
-    return Check("own draws", worst, 1.0, worst < 1, sentence)
+    return Check.of("own draws", worst, 1.0, sentence, sentence, Role.FLOW)
 
 
 def _worst(ratio: Tensor, names: list[str]) -> tuple[float, str]:

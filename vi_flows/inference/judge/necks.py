@@ -12,21 +12,18 @@ import torch
 from torch import Tensor
 
 from ...targets import PyroModel, Target
+from ..bounds import NECK_ERROR, NECK_MEAN, NECK_SHARE
 from ..estimate.evaluate import log_density
 from ..estimate.psis import resampling_weights
 from ..estimate.quantities import resample
 from ..estimate.weights import Weights
-from .checks import Check
+from .check import Check, Role
 from .funnels import SCALES, Funnel, funnels
 
-NECKS = "necks"  # the name of the check
 Walk = Callable[[Tensor, int], Tensor]
 MOVED = 10_000  # draws that are moved: the share below a 5 % point is then certain to .003
 EVALUATIONS = 240_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
 ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
-ERROR = 0.001  # of the check, over all quantities together
-MEAN, SHARE = 0.07, 0.01  # by which a mean (in sd) and the share below a 5 % or above a 95 % point may be seen to be
-# off: two thirds of what is wrong, for what is seen of it is certain to a fifth of that, and walks end short of all
 
 
 def necks(target: Target, draws: Weights) -> list[Check]:
@@ -121,12 +118,12 @@ def _judged(target: Target, columns: list[int], draws: Tensor, moved: Tensor) ->
     low, high = before.quantile(torch.tensor([0.05, 0.95]).to(before), 0)
     centre, sd = before.mean(0), before.std(0)
     statistics, errors = [], []
-    z = NormalDist().inv_cdf(1 - ERROR / (8 * len(columns)))
+    z = NormalDist().inv_cdf(1 - NECK_ERROR / (8 * len(columns)))
     for of, limit in (
-        (lambda u: (u - centre) / sd, MEAN),
-        (lambda u: ((u - centre) / sd).abs(), MEAN),
-        (lambda u: (u < low).to(u.dtype), SHARE),
-        (lambda u: (u > high).to(u.dtype), SHARE),
+        (lambda u: (u - centre) / sd, NECK_MEAN),
+        (lambda u: ((u - centre) / sd).abs(), NECK_MEAN),
+        (lambda u: (u < low).to(u.dtype), NECK_SHARE),
+        (lambda u: (u > high).to(u.dtype), NECK_SHARE),
     ):
         h, g = of(before), of(after)
         shift, se = (g - h).mean(0), (g - h).std(0) / math.sqrt(len(h))
@@ -140,10 +137,9 @@ def _judged(target: Target, columns: list[int], draws: Tensor, moved: Tensor) ->
     worst = int(ratio.argmax())
     k = worst % len(columns)
     statistic, name = float(ratio.amax()), target.coordinate_names()[columns[k]]
-    sentence = f"moves of scales with all that they spread shift {name} by {statistic:.2f} times what is allowed"
-    if not statistic < 1:
-        sentence = _missing(target, name, columns[k], draws, down=float(errors[0][k]) < 0)
-    return Check(NECKS, statistic, 1.0, statistic < 1, sentence)
+    said = f"moves of scales with all that they spread shift {name} by {statistic:.2f} times what is allowed"
+    otherwise = _missing(target, name, columns[k], draws, down=float(errors[0][k]) < 0)
+    return Check.of("necks", statistic, 1.0, said, otherwise, Role.NECK)
 
 
 def _missing(target: Target, name: str, column: int, draws: Tensor, down: bool) -> str:

@@ -11,22 +11,19 @@ from torch import Tensor
 
 from ...flows.bases import Mixture
 from ...targets.target import Target
+from ...targets.values import show
+from ..bounds import BASIN, FAR_SHARE, MARGIN, MOVE, MOVE_ERROR
 from ..estimate.evaluate import in_blocks, log_density
 from ..estimate.psis import resampling_weights
 from ..estimate.quantities import flatten, resample, vary
 from ..estimate.weights import Weights, log_mean
 from ..locate.gaussian import FRESH, Gaussians, spread_of
-from .checks import Check
+from .check import Check, Role
 from .latent import ACCEPTANCE, LENGTH, Path, Rung
 from .proposal import MODE_DF, DefensiveProposal
 from .propriety import combination, far_shares
 
 MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
-MOVE = 0.1  # in sd, by which moves may shift a quantity
-MOVE_ERROR = 0.001  # of the check, over all quantities together
-MARGIN = 1.0  # nats above the largest log-weight seen, from where a probe lies outside of what m covers
-BASIN = 0.01  # of the mass, which an unseen basin must seem to hold to count
-FAR_SHARE = 0.05  # of the mass, on average over draws, that lines through them may have far out
 LINES = 200  # in all, and at least 4 draws to a direction
 COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
 EACH = 256  # draws around a suspect, to tell its mass
@@ -62,8 +59,8 @@ def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) ->
     statistic, name = float(ratio[worst]), names[int(columns[worst % len(columns)])]
     which = "mean" if worst < len(columns) else "spread"
     sentence = f"Hamiltonian moves put the error of the {which} of {name} at {float(error[worst]):+.3f} sd"
-    sentence += " or noise" if statistic < 1 else ", more than chance would: mass nearby is missed"
-    return Check("local moves", statistic, 1.0, statistic < 1, sentence)
+    otherwise = f"{sentence}, more than chance would: mass nearby is missed"
+    return Check.of("local moves", statistic, 1.0, f"{sentence} or noise", otherwise)
 
 
 def _shifts(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,13 +88,11 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
     suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
     found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
-    if found < BASIN:
-        limit = 1 - 0.05 ** (1 / max(n, 1))
-        sentence = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
-        return Check("unseen basins", found, BASIN, True, sentence)
-    where = ", ".join(f"{v:.3g}" for v in suspects.loc[-1, :SHOWN].tolist()) + (", ..." if x.shape[1] > SHOWN else "")
-    sentence = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
-    return Check("unseen basins", found, BASIN, False, sentence)
+    limit = 1 - 0.05 ** (1 / max(n, 1))
+    said = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
+    where = show(suspects.loc[-1], SHOWN)[1:-1] if len(suspects) else ""
+    otherwise = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
+    return Check.of("unseen basins", found, BASIN, said, otherwise, Role.CONDITION)
 
 
 def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussians, level: float) -> float:
@@ -139,5 +134,5 @@ def proper(target: Target, pooled: Weights, modes: Gaussians | None = None) -> C
     step = steps[worst] / torch.linalg.vector_norm(steps[worst])
     share, name = float(shares[worst]), combination(step * step[step.abs().argmax()].sign(), names)
     sentence = f"lines through draws, along {name}, hold {share:.1%} of their mass far outside all draws"
-    sentence += "" if share < FAR_SHARE else ": the target looks improper there; give that parameter a proper prior"
-    return Check("proper", share, FAR_SHARE, share < FAR_SHARE, sentence)
+    otherwise = f"{sentence}: the target looks improper there; give that parameter a proper prior"
+    return Check.of("proper", share, FAR_SHARE, sentence, otherwise, Role.TARGET)

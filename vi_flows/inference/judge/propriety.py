@@ -13,7 +13,6 @@ from ..estimate.evaluate import in_blocks, value_and_grad
 from ..estimate.weights import Weights
 from ..locate.gaussian import Gaussians
 
-IMPROPER = "improper"  # the check that names directions, where a fit failed
 DISTANCES = tuple(10.0**k for k in range(1, 13))
 OFFSET = 0.3  # of the rays' origin: through a point of no symmetry, where a hierarchy's effects are not all equal
 SLOPE = -1.0  # of log p in the logarithm of the distance: 1/distance has no finite integral

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from ..estimate.evaluate import in_blocks
 from ..estimate.psis import khat
 from ..estimate.weights import Weights, draw_seconds, effective_sample_size, log_mean, log_mean_se, mean_elbo
 from ..locate.gaussian import Gaussians
-from .checks import Check, holes, of_weights, rounding
+from .check import Check, Role, Verdict, claimed
+from .checks import holes, of_weights, rounding
 from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
-from .propriety import IMPROPER
 
 REPEATS = 5
 FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
@@ -29,31 +29,12 @@ FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, fro
 LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
 QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
 PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
-CORRECTED = ("mass outside q", "divergence", "own draws")  # what resampling from the proposal mends
-CAVEATS = ("sds",)  # what a claim leaves out, and says so
-CONDITION = "unseen basins"  # what every claim is conditional on, and says
-TIME = "time"  # the check that fails where a stage was cut short by max_seconds
 UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
-CARRIED = (CONDITION, "proper", "rounding", "holes", IMPROPER, TIME)  # checks of a fit that hold for corrections
-UNRELIABLE = "do not rely on these draws"
+LEADS = (
+    "use weighted draws (the default of sample): they are resampled from the proposal",
+    "the flow's draws and weights can be used as they are",
+)
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """status is "reliable", "corrected" or "unreliable"; reasons are sentences; checks the steps behind them."""
-
-    status: str
-    reasons: tuple[str, ...]
-    checks: tuple[Check, ...] = ()
-
-    def refused(self, check: Check) -> Verdict:
-        """No claim, because of one more check, whose sentence comes first."""
-        return Verdict("unreliable", (UNRELIABLE, check.sentence, *self.reasons[1:]), (*self.checks, check))
-
-    def because(self, reason: str) -> Verdict:
-        """The same verdict with one more reason, before those of the checks; itself if that is empty."""
-        return replace(self, reasons=(self.reasons[0], reason, *self.reasons[1:])) if reason else self
 
 
 @dataclass(kw_only=True)
@@ -112,7 +93,7 @@ def judge(
     clock = clock or Clock(None)
     each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
     proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
-    verdict = _decide(checks + _probed(proposal, target, pooled, checks, probes, clock, each))
+    verdict = Verdict.of(checks + _probed(proposal, target, pooled, checks, probes, clock, each), *LEADS)
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
         verdict = verdict.because("" if probes is not None and len(probes) else UNSOUGHT)
@@ -159,7 +140,7 @@ def _weighed(
     while True:
         growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
         checks, mendable = of_weights(target, pooled, own, attempt, growth)
-        if _claimed(checks) or not mendable or growth == 1:
+        if claimed(checks) or not mendable or growth == 1:
             return proposal, pooled, own, skipped, checks
         if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all
             return proposal, pooled, own, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
@@ -171,8 +152,13 @@ def _too_long(clock: Clock, seconds: float) -> bool:
     return clock.limit is not None and seconds > clock.left()
 
 
+def cut_short(what: str) -> Check:
+    """The check that fails where max_seconds ended a stage before its time."""
+    return Check("time", 1.0, 1.0, False, f"{what}; give it more time", Role.TARGET)
+
+
 def _cut(what: str) -> Check:
-    return Check(TIME, 1.0, 1.0, False, f"judging was cut short by max_seconds: {what}; give it more time")
+    return cut_short(f"judging was cut short by max_seconds: {what}")
 
 
 def _probed(
@@ -187,7 +173,7 @@ def _probed(
     """The checks that ask the target anew; those that cost something only where all else passes."""
     found = [rounding(target, pooled), *holes(target, pooled)]
     found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
-    if _claimed(checks + found):
+    if claimed(checks + found):
         if _too_long(clock, PROBED * each):
             return [*found, _cut("local moves, lines far out and necks were not looked at")]
         found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
@@ -218,11 +204,6 @@ def _concatenate(a: Weights, b: Weights) -> Weights:
     return Weights(torch.cat([a.x, b.x]), torch.cat([a.log_q, b.log_q]), torch.cat([a.log_p, b.log_p]))
 
 
-def _claimed(checks: list[Check]) -> bool:
-    """Whether weighted draws are as they should be, but for what a claim leaves out."""
-    return all(c.passed for c in checks if c.name not in (*CORRECTED, *CAVEATS))
-
-
 def _evidence_se(pooled: Weights, checks: list[Check]) -> float:
     """The Monte-Carlo error of log Ẑ, and with it half of the share of Z that weights beyond those drawn may carry.
 
@@ -230,16 +211,3 @@ def _evidence_se(pooled: Weights, checks: list[Check]) -> float:
     """
     tails = next(check.statistic for check in checks if check.name == "tails")
     return math.hypot(log_mean_se(pooled.log_w), min(tails, 1.0) / 2)
-
-
-def _decide(checks: list[Check]) -> Verdict:
-    failed = [c for c in checks if not c.passed]
-    if not _claimed(checks):
-        status, lead = "unreliable", UNRELIABLE
-    elif any(c.name in CORRECTED for c in failed):
-        status, lead = "corrected", "use weighted draws (the default of sample): they are resampled from the proposal"
-    else:
-        status, lead = "reliable", "the flow's draws and weights can be used as they are"
-    said = [c for c in checks if c.name == CONDITION and c.passed and status != "unreliable"]
-    shown = [*failed, *said] if failed else checks
-    return Verdict(status, (lead, *(c.sentence for c in shown)), tuple(checks))

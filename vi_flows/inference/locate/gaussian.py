@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ...running import late
 from ...targets.target import Target
+from ..bounds import BETTER, SAME_MODE
 from ..estimate.evaluate import log_density, value_and_grad
 from ..estimate.weights import mean_elbo
 
-SAME_MODE = 1.0  # Mahalanobis distance, per square root of dim, below which two optima are one
 PER_DIM = 4  # draws for each dimension, from where their correlations are used
-BETTER = 3.0  # nats of ELBO, by which Gaussian VI must improve on a start: by less it may just cover neighbours
 EXTREME = 1e100  # a Gaussian that reaches further is where an unbounded density ran away to
 
 

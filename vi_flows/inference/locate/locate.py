@@ -11,12 +11,12 @@ from torch import Tensor
 from ...flows.bases import Mixture
 from ...running import late
 from ...targets.target import Target
+from ..bounds import ENOUGH, NEGLIGIBLE, NO_MODE, SAME_MODE, WAVES, WORTH
 from ..estimate.weights import mean_elbo
 from .ascent import Iterates, bfgs_paths, newton
 from .gaussian import (
     ADAPTED,
     FRESH,
-    SAME_MODE,
     Gaussians,
     distinct,
     from_covariance,
@@ -30,11 +30,6 @@ from .mixture import adapt_mixture, log_weights_of
 from .points import DENSE_DIMS, FEW_DIMS, _wave
 
 PATHS = 8  # of Pathfinder that are looked at closely
-WAVES = 6  # of starts around the optima found, as long as they find new ones
-ENOUGH = 2  # of them in a row that find nothing, where there are several optima: a mode may attract 1 % of starts
-NEGLIGIBLE = 7.0  # nats of mass below the heaviest optimum, from where a further one does not matter
-WORTH = 2.0  # nats of ELBO that a mixture may lack of the best Gaussian: reverse KL alone favours one mode
-HOPELESS = 30.0  # nats of mass below the best, from where an optimum is not kept
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
     that matters; their masses; and where the last wave ended, which adds no optima, so that it tells how complete they
     are."""
     dim = optima.loc.shape[1]
-    waves = WAVES if dim <= FEW_DIMS else WAVES // 2
+    waves = int(WAVES if dim <= FEW_DIMS else WAVES // 2)
     probes, empty = optima.pick([]), 0
     for k in range(waves):
         ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
@@ -218,5 +213,5 @@ def basins(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians, Tensor
     x, value, hessian = newton(target, ends[index[order]])
     found, kept = from_precision(x, -hessian, "Laplace")
     mass = value[kept] + found.logdet()
-    optima = found.pick([i for i in distinct(found, value[kept], limit) if mass[i] > mass.max() - HOPELESS])
+    optima = found.pick([i for i in distinct(found, value[kept], limit) if mass[i] > mass.max() - NO_MODE])
     return reached, *improved(target, optima)
