@@ -13,7 +13,7 @@ import vi_flows as vf
 from vi_flows.inference.estimate.weights import Weights, mean_elbo
 from vi_flows.inference.judge.necks import funnels, necks
 from vi_flows.inference.locate.centring import choose_centring, learned
-from vi_flows.inference.locate.gaussian import Gaussians
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.inference.scoring import as_flow
 from vi_flows.targets import LogDensity, PyroModel
 from vi_flows.testing.calibration import draw_errors, known_target
@@ -168,7 +168,7 @@ def test_learned_degrees_are_the_share_of_the_data():
     noise = torch.tensor([0.1, 0.5, 1.0, 5.0], dtype=torch.float64)
     apart = PyroModel(model, torch.ones(4), noise).recentred({"theta": 0.0})
     precision = torch.cat([torch.tensor([1e6]).double(), 1 + 0.49 / noise.square()])
-    gaussian = Gaussians(torch.zeros(1, 5).double(), precision.rsqrt().diag()[None], ("by hand",))
+    gaussian = Gaussians(torch.zeros(1, 5).double(), precision.rsqrt().diag()[None], (Origin(Kind.END),))
     found = learned(apart, gaussian)["theta"]
     assert torch.allclose(found, 0.49 / (0.49 + noise.square()), atol=0.1)  # prior variances are those of 400 draws
 

@@ -15,7 +15,7 @@ from vi_flows.inference.correct import anneal as correct
 from vi_flows.inference.correct import smc as annealing
 from vi_flows.inference.judge.check import Check, Role
 from vi_flows.inference.judge.proposal import DefensiveProposal
-from vi_flows.inference.locate.gaussian import Gaussians
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.progress import Progress
 from vi_flows.running import Clock
 
@@ -80,7 +80,7 @@ def path_of(flow, target, modes=None):
 def far_modes(loc, sd=1.0):
     loc = torch.tensor(loc, dtype=torch.float64)
     tril = (sd * torch.eye(loc.shape[1], dtype=torch.float64)).expand(len(loc), -1, -1)
-    return Gaussians(loc, tril, ("given",) * len(loc))
+    return Gaussians(loc, tril, (Origin(Kind.END),) * len(loc))
 
 
 def mean_and_se(log_z, truth):
@@ -308,8 +308,8 @@ def test_posterior_of_the_same_kind(wrong, annealed, tmp_path):
     assert type(annealed) is type(wrong)
     assert annealed.flow is wrong.flow
     assert annealed.log_evidence == pytest.approx(vf.inference.weights.log_mean(annealed.proposal.log_w))
-    assert "anneal" not in wrong.settings
-    done = json.loads(json.dumps(annealed.settings["anneal"]))
+    assert "anneal" not in wrong.settings.corrections
+    done = json.loads(json.dumps(annealed.settings.corrections["anneal"]))
     assert done["temperatures"][-1] == 1.0
     assert len(done["log_evidence"]) == done["replicates"] == 4
     assert any(note.startswith("anneal: 4 runs of 400 particles") for note in annealed.notes)
@@ -320,7 +320,7 @@ def test_posterior_of_the_same_kind(wrong, annealed, tmp_path):
     annealed.plot("weights", path=tmp_path / "weights.png")
     again = vf.load(annealed.save(tmp_path / "annealed.safetensors"), target=wrong.target)
     assert torch.equal(again.sample(50, seed=2), annealed.sample(50, seed=2))
-    assert again.settings["anneal"] == annealed.settings["anneal"]
+    assert again.settings.corrections["anneal"] == annealed.settings.corrections["anneal"]
 
 
 def test_seed_alone_decides_and_the_global_generator_is_left(wrong, annealed):

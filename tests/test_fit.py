@@ -361,7 +361,7 @@ def test_a_fit_that_was_given_up_is_not_annealed(monkeypatch):
 
 
 def test_result_survives_json(gaussian):
-    assert json.loads(json.dumps(gaussian[3].settings))["seed"] == 0
+    assert json.loads(json.dumps(vars(gaussian[3].settings)))["seed"] == 0
 
 
 YEARS = torch.arange(1990.0, 2011.0)

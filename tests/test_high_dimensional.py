@@ -8,7 +8,7 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture
 from vi_flows.inference.estimate.quantities import estimate
-from vi_flows.inference.locate.gaussian import Gaussians, spread_of
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin, spread_of
 from vi_flows.inference.locate.large import (
     MEMORY,
     Paths,
@@ -91,7 +91,7 @@ def test_curvature_and_laplace_are_exact_for_a_gaussian():
     tril = torch.linalg.cholesky(covariance)
     x = torch.randn(2, dim, dtype=torch.float64)
     torch.testing.assert_close(whitened_curvature(target, x, tril), torch.eye(dim).double(), atol=1e-6, rtol=0)
-    start = Gaussians(x[:1], 3 * torch.eye(dim).double()[None], ("far off",))
+    start = Gaussians(x[:1], 3 * torch.eye(dim).double()[None], (Origin(Kind.END),))
     found = newton_laplace(target, start)
     torch.testing.assert_close(found.loc[0], torch.zeros(dim).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(found.scale_tril[0] @ found.scale_tril[0].mT, covariance, atol=1e-5, rtol=0)
@@ -99,7 +99,7 @@ def test_curvature_and_laplace_are_exact_for_a_gaussian():
 
 def test_an_unbounded_density_has_no_laplace_approximation():
     saddle = vf.LogDensity(lambda x: -0.5 * x[:, 1:].square().sum(-1) + 0.05 * x[:, 0].square(), 4)
-    start = Gaussians(torch.ones(1, 4).double(), torch.eye(4).double()[None], ("",))
+    start = Gaussians(torch.ones(1, 4).double(), torch.eye(4).double()[None], (Origin(Kind.END),))
     assert len(newton_laplace(saddle, start)) == 0
 
 
@@ -107,7 +107,7 @@ def test_gaussian_vi_solves_its_two_equations():
     """log p = Σ a x − e^x, of Poisson counts a: m + s²/2 = log a and s⁻² = a; the optimum is at log a."""
     counts = torch.linspace(5, 20, 310, dtype=torch.float64)
     target = vf.LogDensity(lambda x: (counts * x - x.exp()).sum(-1), 310)
-    standard = Gaussians(torch.zeros(1, 310).double(), torch.eye(310).double()[None], ("the standard normal",))
+    standard = Gaussians(torch.zeros(1, 310).double(), torch.eye(310).double()[None], (Origin(Kind.END),))
     found = curvature_vi(target, travel(target, standard)[0])
     ratio = found.scale_tril[0].square().sum(-1) * counts
     assert abs(ratio.mean() - 1) < 0.02 and (ratio - 1).abs().max() < 0.25

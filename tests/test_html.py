@@ -275,16 +275,16 @@ def test_code_of_other_calls(posteriors):
     model, settings = posteriors["model"], posteriors["model"].settings
     by_name = dataclasses.replace(model, target=vf.PyroModel(normals, y=Y))
     assert "vf.fit(vf.PyroModel(normals, y=y), " in html.code(by_name)
-    other = settings | {"dtype": "torch.float32", "max_seconds": 5.0, "recipe": None, "compile": True}
-    del other["flow"]  # as for a flow that was not given by name
+    options = {**settings.options, "dtype": "torch.float32", "max_seconds": 5.0, "compile": True}
+    other = dataclasses.replace(settings, flow=None, recipe=None, options=options)  # as for a flow given without a name
     text = html.code(dataclasses.replace(model, settings=other, target=None))
     assert text.startswith("import torch\n") and "flow=" not in text.splitlines()[-1]
     assert "vf.fit(target, seed=0, " in text and "max_seconds=5.0, " in text and "clock" in text
     assert "dtype=torch.float32" in text and "compile=True" in text
-    named = html.code(dataclasses.replace(model, settings=settings | {"flow": "auto"}))
+    named = html.code(dataclasses.replace(model, settings=dataclasses.replace(settings, flow="auto")))
     assert "flow='auto'" in named and "up to chance" not in named
-    annealed = {"anneal": {"particles": 100, "replicates": 2, "seed": 3, "steps": 5}}
-    last = html.code(dataclasses.replace(model, settings=settings | annealed)).splitlines()[-1]
+    annealed = settings.corrected("anneal", {"particles": 100, "replicates": 2, "seed": 3, "steps": 5})
+    last = html.code(dataclasses.replace(model, settings=annealed)).splitlines()[-1]
     assert last == "posterior = posterior.anneal(particles=100, replicates=2, seed=3)"
     compile(text, "code", "exec")
 

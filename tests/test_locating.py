@@ -12,7 +12,7 @@ from vi_flows.inference.estimate.evaluate import hessians
 from vi_flows.inference.estimate.weights import effective_sample_size, log_mean
 from vi_flows.inference.judge.proposal import DefensiveProposal
 from vi_flows.inference.locate.ascent import bfgs_paths, newton
-from vi_flows.inference.locate.gaussian import Gaussians, gaussian_vi, improved
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin, gaussian_vi, improved
 from vi_flows.inference.locate.locate import locate
 from vi_flows.inference.locate.points import start_points
 from vi_flows.testing.synthetic import synthetic
@@ -132,7 +132,7 @@ def test_gaussian_vi_reaches_the_best_gaussian():
 
     best = max(bound(m / 200, s / 200) for m in range(-200, 200) for s in range(1, 400))
     torch.manual_seed(0)
-    start = Gaussians(torch.zeros(1, 2).double() + 1, 0.3 * torch.eye(2).double()[None], ("a start",))
+    start = Gaussians(torch.zeros(1, 2).double() + 1, 0.3 * torch.eye(2).double()[None], (Origin(Kind.END),))
     found = gaussian_vi(target, start, iterations=100)
     elbo = float(found.elbo(target, torch.randn(50_000, 2).double()))
     assert elbo == pytest.approx(best, abs=0.02)
@@ -169,7 +169,7 @@ def test_the_proposal_adapts_to_modes_that_the_flow_misses():
     target = vf.LogDensity(log_p, dim=2)
     flow = vf.recipes.gaussian(2).double()  # about the standard normal: the first mode alone
     eye = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
-    proposal = DefensiveProposal(flow, Gaussians(centres, eye, ("a mode",) * 3))
+    proposal = DefensiveProposal(flow, Gaussians(centres, eye, (Origin(Kind.END),) * 3))
     x, log_m, _, _ = proposal.draw(20_000)
     better = proposal.adapted(x, log_m, target.log_prob(x) - log_m)
     assert better.shares[2] == pytest.approx(0.8, abs=0.02)  # what the flow cannot reach, at most 0.8
@@ -179,7 +179,7 @@ def test_the_proposal_adapts_to_modes_that_the_flow_misses():
     ess = [effective_sample_size(target.log_prob(d[0]) - d[1]) for d in (before, after)]
     assert ess[1] > 3 * ess[0]
     assert log_mean(target.log_prob(after[0]) - after[1]) == pytest.approx(math.log(2 * math.pi), abs=0.02)
-    near = DefensiveProposal(flow, Gaussians(centres[:1], eye[:1], ("a mode",)))
+    near = DefensiveProposal(flow, Gaussians(centres[:1], eye[:1], (Origin(Kind.END),)))
     x, log_m, _, _ = near.draw(4000)
     assert near.adapted(x, log_m, -0.5 * x.square().sum(-1) - log_m) is None
 
@@ -199,8 +199,8 @@ def test_a_start_gives_way_to_its_gaussian_vi_only_where_that_is_better():
     loc = torch.tensor([[0.0, 0.0], [0.5, 0.5]]).double()
     tril = torch.tensor([1.05, 0.1]).double()[:, None, None] * torch.eye(2).double()
     torch.manual_seed(0)
-    found, elbo = improved(target, Gaussians(loc, tril, ("nearly right", "narrow")))
+    found, elbo = improved(target, Gaussians(loc, tril, (Origin(Kind.LAPLACE), Origin(Kind.END))))
     assert torch.equal(found.scale_tril[0], tril[0]) and torch.equal(found.loc[0], loc[0])
-    assert found.origin == ("nearly right", "Gaussian VI from narrow")
+    assert tuple(map(str, found.origin)) == ("Laplace", "Gaussian VI from the end of a path")
     assert elbo.tolist() == pytest.approx([0.0, 0.0], abs=0.02)
     assert found.scale_tril[1].diagonal().tolist() == pytest.approx([1.0, 1.0], abs=0.1)

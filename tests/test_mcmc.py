@@ -72,7 +72,7 @@ def weights_of(posterior):
 
 def standard_errors(posterior):
     """z-scores of means, and errors of the sds, against the correlated Gaussian's."""
-    x, chains = posterior.proposal.x, posterior.settings["mcmc"]["chains"]
+    x, chains = posterior.proposal.x, posterior.settings.corrections["mcmc"]["chains"]
     values = mcmc._estimates(x, estimate(x, torch.zeros(len(x), dtype=x.dtype)), chains)
     sd = COVARIANCE.diagonal().sqrt()
     return (values.mean - LOC) / values.mean_se, (values.sd / sd).log() / values.log_sd_se
@@ -99,7 +99,7 @@ def test_precise_chains_are_corrected(wrong):
     )
     result = fitted.mcmc("hmc", draws=600, warmup=100)
     assert result.verdict.status == "corrected", result.verdict.reasons
-    settings = result.settings["mcmc"]
+    settings = result.settings.corrections["mcmc"]
     assert settings["divergences"] == [0] * 8
     assert 0.6 < min(settings["acceptance"]) <= 1
     for z in standard_errors(result):
@@ -143,12 +143,12 @@ def test_independence_chains_cannot_say_more_than_their_weights(wrong, method):
 
 def test_posterior_of_the_same_kind(wrong, nuts, tmp_path):
     assert type(nuts) is type(wrong)
-    assert "mcmc" not in wrong.settings
-    assert json.loads(json.dumps(nuts.settings["mcmc"]))["draws"] == 250
+    assert "mcmc" not in wrong.settings.corrections
+    assert json.loads(json.dumps(nuts.settings.corrections["mcmc"]))["draws"] == 250
     assert nuts.summary()["mean"].to_numpy() == pytest.approx(LOC.numpy(), abs=0.3)
     again = vf.load(nuts.save(tmp_path / "chains.safetensors"), target=wrong.target)
     assert torch.equal(again.sample(50, seed=2), nuts.sample(50, seed=2))
-    assert again.settings["mcmc"] == nuts.settings["mcmc"]
+    assert again.settings.corrections["mcmc"] == nuts.settings.corrections["mcmc"]
     twice = nuts.mcmc(**FEWER)
     assert len([note for note in twice.notes if note.startswith("mcmc:")]) == 1
 

@@ -8,7 +8,7 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.bases import Mixture, StandardNormal
 from vi_flows.inference.estimate.weights import effective_sample_size, log_mean
-from vi_flows.inference.locate.gaussian import Gaussians, gaussian_vi, scale_of
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin, gaussian_vi, scale_of
 from vi_flows.inference.locate.locate import _mixture, locate
 from vi_flows.inference.locate.mixture import DRAWS, PATIENCE, adapt_mixture, log_weights_of, whitened
 from vi_flows.inference.locate.points import start_points
@@ -17,7 +17,9 @@ from vi_flows.targets import LogDensity, catalogue
 
 def gaussians(loc, sd):
     loc = torch.as_tensor(loc, dtype=torch.float64)
-    return Gaussians(loc, sd * torch.eye(loc.shape[1]).double().expand(len(loc), -1, -1), ("a start",) * len(loc))
+    return Gaussians(
+        loc, sd * torch.eye(loc.shape[1]).double().expand(len(loc), -1, -1), (Origin(Kind.END),) * len(loc)
+    )
 
 
 def some_mixture(dim=3):

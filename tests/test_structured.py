@@ -13,7 +13,7 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
 from vi_flows.inference.estimate.weights import log_weights
-from vi_flows.inference.locate.gaussian import Gaussians
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.inference.locate.points import start_points
 from vi_flows.inference.structured.conditional import Conditional
 from vi_flows.inference.structured.locate import Marginal, degree_of, like, locate_structured, split
@@ -291,14 +291,17 @@ def test_a_gaussian_becomes_a_structured_flow():
     precision = torch.diag(torch.linspace(2, 10, 41)).double()
     precision[0, 1:] = precision[1:, 0] = torch.linspace(-0.3, 0.3, 40)
     law = torch.distributions.MultivariateNormal(torch.linspace(-1, 1, 41).double(), precision_matrix=precision)
-    flow = around(vf.LogDensity(density, 41), Gaussians(law.loc[None], law.scale_tril[None], ("known",)))
+    flow = around(vf.LogDensity(density, 41), Gaussians(law.loc[None], law.scale_tril[None], (Origin(Kind.END),)))
     layer = flow.layers[1]
     assert layer.graph.few.tolist() == [0]
     x = law.sample((20,))
     z, logdet = layer().inverse_and_logdet(x)
     found = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) + logdet
     torch.testing.assert_close(found, law.log_prob(x), atol=1e-2, rtol=0)
-    assert around(vf.LogDensity(law.log_prob, 41), Gaussians(law.loc[None], law.scale_tril[None], ("known",))) is None
+    assert (
+        around(vf.LogDensity(law.log_prob, 41), Gaussians(law.loc[None], law.scale_tril[None], (Origin(Kind.END),)))
+        is None
+    )
 
 
 def test_nothing_to_split():

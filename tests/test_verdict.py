@@ -21,7 +21,7 @@ from vi_flows.inference.judge import checks, probing
 from vi_flows.inference.judge.proposal import DefensiveProposal
 from vi_flows.inference.judge.propriety import FAR, far_shares
 from vi_flows.inference.judge.verdict import FIRST, judge
-from vi_flows.inference.locate.gaussian import FRESH, Gaussians
+from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.running import Clock, seeded
 from vi_flows.testing.synthetic import Funnel, synthetic
 
@@ -301,7 +301,7 @@ def two_modes(distance: float, share: float) -> vf.LogDensity:
 def at(*points: float, scale: float = 1.0) -> Gaussians:
     loc = torch.tensor(points, dtype=torch.float64)[:, None].expand(-1, 2)
     tril = scale * torch.eye(2, dtype=torch.float64).expand(len(points), 2, 2)
-    return Gaussians(loc.clone(), tril.clone(), (FRESH,) * len(points))
+    return Gaussians(loc.clone(), tril.clone(), (Origin(Kind.FRESH),) * len(points))
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.3, True), (0.001, False)])
@@ -341,7 +341,7 @@ def test_proposal_scores_any_point_as_it_scores_its_draws():
 
 def test_symmetric_modes_are_named():
     loc = torch.tensor([[1.0, 4.0], [4.0, 1.0], [-1.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
-    modes = Gaussians(loc, 0.3 * torch.eye(2, dtype=torch.float64).expand(4, 2, 2).clone(), ("a mode",) * 4)
+    modes = Gaussians(loc, 0.3 * torch.eye(2, dtype=torch.float64).expand(4, 2, 2).clone(), (Origin(Kind.END),) * 4)
 
     def log_p(x, heights):
         return (log_normal((x[:, None] - loc) / 0.3) + heights).logsumexp(-1)
@@ -384,7 +384,7 @@ def test_a_plateau_along_a_combination_is_improper():
         return torch.logaddexp(log_normal(z[:, :1], scales[:1]), flat) + log_normal(z[:, 1:], scales[1:])
 
     tril = (basis.mT * scales)[None]
-    mode = Gaussians(torch.zeros(1, 3).double(), torch.linalg.cholesky(tril @ tril.mT), (FRESH,))
+    mode = Gaussians(torch.zeros(1, 3).double(), torch.linalg.cholesky(tril @ tril.mT), (Origin(Kind.FRESH),))
     flow = Flow([Fixed(LowerTriangular, shift=mode.loc[0], scale_tril=mode.scale_tril[0])], StandardNormal(3)).double()
     verdict = _judged(flow, vf.LogDensity(log_p, dim=3), modes=mode)
     failed = [check for check in verdict.checks if not check.passed]

@@ -124,7 +124,7 @@ def error(posterior: vf.Posterior, written: vf.PyroModel, known: Exact) -> tuple
     """The worst error, as a multiple of what is allowed, and whose it is."""
     kept = carrying(posterior.proposal.log_w)  # others may lie so far out that values overflow
     x = posterior.proposal.x[kept]
-    if posterior.settings.get("model"):
+    if posterior.settings.is_model:
         x = written.unconstrain(posterior.target.constrain(x))
     w = resampling_weights(posterior.proposal.log_w)[kept].softmax(0)
     off = ((w @ x - known.mean) / known.sd / MEAN).abs()

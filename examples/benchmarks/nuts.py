@@ -133,7 +133,7 @@ def measure_fit(case: Case, seed: int) -> dict[str, Any]:
         "status": posterior.verdict.status,
         "draws": len(theta),
         "timing": posterior.timing,
-        "annealed": "anneal" in posterior.settings,
+        "annealed": "anneal" in posterior.settings.corrections,
         "flow": posterior.flow_description,
     }
 

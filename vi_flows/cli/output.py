@@ -105,7 +105,7 @@ def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> d
         "notes": posterior.notes,
         "rehearsal": posterior.rehearsal and posterior.rehearsal.to_dict(),
         "timing": posterior.timing,
-        "settings": posterior.settings,
+        "settings": vars(posterior.settings),
         "files": [str(path) for path in files],
     }
 
@@ -159,7 +159,7 @@ def write(
     files = [folder / name for name in names]
     posterior.save(files[0])
     _replace(files[1], lambda file: file.write(summary.to_csv(index_label="name").encode()))
-    drawn = posterior.sample(draws, seed=posterior.settings["seed"])
+    drawn = posterior.sample(draws, seed=posterior.settings.seed)
     named = drawn if isinstance(drawn, dict) else {"x": drawn}
     _replace(files[2], lambda file: np.savez(file, **{name: value.cpu().numpy() for name, value in named.items()}))
     draw(posterior, files[3])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..inference.candidates import Candidate, judged, prepare
+from ..inference.judge.fitted import Settings
 from ..inference.locate.locate import locate
 from ..inference.locate.points import start_points
 from ..inference.options import Options
@@ -65,5 +66,6 @@ def diagnose(
         name = getattr(guide, "flow_description", "") or f"{type(guide).__name__}, as given"
         start = Start(flow, name, recipe=None)
         found = Starts((start,), located.modes, located.probes)
-        settings = {"seed": seed, "recipe": None, "model": is_model(target), **options.recorded()}
-        return judged(Candidate(flow, start, math.nan, math.nan, ()), target, found, options, settings, clock)
+        settings = Settings(seed=seed, is_model=is_model(target), options=options.recorded())
+        candidate = Candidate(flow, start, math.nan, math.nan, ())
+        return Posterior(**vars(judged(candidate, target, found, options, settings, clock)))

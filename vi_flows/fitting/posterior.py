@@ -105,7 +105,7 @@ class Posterior(Fitted):
         show a progress bar. threads: of torch, meanwhile.
 
         Returns a Posterior with the same flow, whose ``proposal`` holds the runs' draws at b = 1, each with the weight
-        Ẑ of its run; ``settings["anneal"]`` says what was done. Its verdict is "corrected" or "unreliable", by the
+        Ẑ of its run; ``settings.corrections`` says what was done. Its verdict is "corrected" or "unreliable", by the
         precision of every quantity and of log Ẑ over the runs, by agreement with the importance weights of m (or, where
         scales are moved, by what the last moves still change), and by the tails and evenness of each step's weights. A
         mode in which m has no draws is not found.
@@ -134,11 +134,12 @@ class Posterior(Fitted):
         draws, warmup: of each of these, 750 after 300 unless said. seed: the result depends on it alone; None: drawn
         from the global generator. progress: show a progress bar. threads: of torch, meanwhile.
 
-        Returns a Posterior with the same flow, whose ``proposal`` holds the states; ``settings["mcmc"]`` says what was
-        done. Its verdict is "corrected" or "unreliable", by R̂, ESS, precision and tails of every quantity, by
-        divergences and energies, or by the bound and the tails of the weights, and by agreement with the importance
-        weights, whose log_evidence it keeps. Chains that cannot move between modes show in R̂. Scales are moved, too, as
-        in :meth:`anneal`, where draws do not reach down a neck; log_evidence is then a bridge to the states.
+        Returns a Posterior with the same flow, whose ``proposal`` holds the states; ``settings.corrections``
+        says what was done. Its verdict is "corrected" or "unreliable", by R̂, ESS, precision and tails of every
+        quantity, by divergences and energies, or by the bound and the tails of the weights, and by agreement with the
+        importance weights, whose log_evidence it keeps. Chains that cannot move between modes show in R̂. Scales are
+        moved, too, as in :meth:`anneal`, where draws do not reach down a neck; log_evidence is then a bridge to the
+        states.
 
         Raises ValueError for arguments out of range and without target or flow.
         """

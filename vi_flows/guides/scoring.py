@@ -22,7 +22,7 @@ from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..inference.estimate.evaluate import BLOCK, in_blocks
-from ..inference.locate.gaussian import from_covariance
+from ..inference.locate.gaussian import Kind, from_covariance
 from ..inference.scoring import as_flow
 from ..targets import PyroModel, Target
 from ..targets.pyro_run import ModelRun, base_of, first_line, is_plate
@@ -69,7 +69,7 @@ def _whitened(law: LatentVector | Sites) -> Flow:
     """The law as a flow: its own whitening, over the law in the whitened frame."""
     _check(law)
     x = law.draw(MOMENTS)[0]
-    found, _ = from_covariance(x.mean(0)[None], torch.atleast_2d(torch.cov(x.mT))[None], "the guide")
+    found, _ = from_covariance(x.mean(0)[None], torch.atleast_2d(torch.cov(x.mT))[None], Kind.GUIDE)
     if not len(found):
         raise ValueError("guide: expected finite draws that vary in every coordinate, got a point, or overflow")
     shift, tril = found.loc[0], found.scale_tril[0]

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from .estimate.evaluate import in_blocks
 from .estimate.psis import import_arviz
 from .estimate.weights import draw_seconds, log_weights, mean_elbo
 from .judge.check import Check, Role
-from .judge.fitted import Fitted
+from .judge.fitted import Fitted, Settings
 from .judge.propriety import improper
 from .judge.verdict import FIRST, NECKED, PROBED, Judgement, cut_short, judge
 from .locate.centring import centred
@@ -83,9 +82,14 @@ def fitted(target: Target, choice: FlowChoice, options: Options, seed: int, bar:
     best = _best(target, found, options, clock, clock.training_share(judging), bar)
     clock.lap("training")
     bar.stage("judging")
-    named = {"flow": choice} if isinstance(choice, str) else {}
-    settings = {"seed": seed, **named, "recipe": best.start.recipe, "model": is_model(target), **options.recorded()}
-    settings["centring"] = {name: degree.tolist() for name, degree in target.degrees.items()}
+    settings = Settings(
+        seed=seed,
+        flow=choice if isinstance(choice, str) else None,
+        recipe=best.start.recipe,
+        is_model=is_model(target),
+        centring={name: degree.tolist() for name, degree in target.degrees.items()},
+        options=options.recorded(),
+    )
     best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
     posterior = judged(best, target, found, options, settings, clock)
     return mended(posterior, clock, bar) if options.correct and not best.given_up else posterior
@@ -133,7 +137,7 @@ def _best(target: Target, found: Starts, options: Options, clock: Clock, share: 
 
 
 def judged(
-    best: Candidate, target: Target, found: Starts, options: Options, settings: dict[str, Any], clock: Clock
+    best: Candidate, target: Target, found: Starts, options: Options, settings: Settings, clock: Clock
 ) -> Fitted:
     """The flow with its judgement, and how it was made."""
     flow, modes = best.flow.requires_grad_(False), found.modes

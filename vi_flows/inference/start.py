@@ -165,7 +165,7 @@ def _warm_start(init: Any, target: Target, place: dict[str, Any]) -> Starts:
     if not any(True for _ in flow.parameters()):
         raise ValueError("init: expected a Posterior of a flow, got one of a guide or law that cannot be trained on")
     if isinstance(init, Fitted):
-        return Starts((Start(flow, init.flow_description, init.settings.get("recipe")),), init.modes)
+        return Starts((Start(flow, init.flow_description, init.settings.recipe),), init.modes)
     located = locate(target, start_points(target, device=place["device"]))  # for the modes alone
     return Starts((Start(flow, f"the flow of the {type(init).__name__} given", None),), located.modes, located.probes)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..atomic import replacing
@@ -22,11 +22,11 @@ from ..flows.structured import rebuilt
 from ..targets.target import Target
 from .estimate.weights import Weights
 from .judge.check import Check, Role, Verdict
-from .judge.fitted import Fitted
-from .locate.gaussian import Gaussians
+from .judge.fitted import Fitted, Settings
+from .locate.gaussian import Gaussians, Kind, Origin
 from .rehearse.rehearse import Rehearsal
 
-FORMAT = 1
+FORMAT = 2
 STORED = 10_000  # weighted draws kept as named values, for use without the target
 NUMBERS = ("khat", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
 
@@ -39,7 +39,7 @@ def save(posterior: Fitted, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(posterior).items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"vi_flows": json.dumps(_header(posterior))})
+        temporary.write_bytes(to_bytes(tensors, metadata={"vi_flows": json.dumps(_header(posterior))}))
     return path
 
 
@@ -58,8 +58,9 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
     dim = tensors["draws"].shape[1]
     if target is not None and target.dim != dim:
         raise ValueError(f"target: expected dim {dim}, got {target.dim}; pass the target that was fitted")
-    if header["settings"].get("centring"):
-        target = target and target.recentred(header["settings"]["centring"])
+    settings = Settings(**header["settings"])
+    if settings.centring:
+        target = target and target.recentred(settings.centring)
     part = {p: _part(tensors, p) for p in ("proposal", "modes", "flow", "stored")}
     return Fitted(
         verdict=_verdict(header["verdict"]),
@@ -68,21 +69,30 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         khat_interval=tuple(_number(v) for v in header["khat_interval"]),
         **{name: _number(header[name]) for name in NUMBERS},
         proposal=Weights(**part["proposal"]),
-        flow=_rebuild(header["recipe"], dim, part["flow"], flow),
+        flow=_rebuild(settings.recipe, dim, part["flow"], flow),
         target=target,
-        modes=Gaussians(**part["modes"], origin=tuple(header["origins"])) if part["modes"] else None,
+        modes=Gaussians(
+            **part["modes"], origin=tuple(Origin(Kind(kind), refined) for kind, refined in header["origins"])
+        )
+        if part["modes"]
+        else None,
         flow_description=header["flow_description"],
         notes=tuple(header["notes"]),
         trace=tensors["trace"].tolist(),
-        settings=header["settings"],
+        settings=settings,
         rehearsal=Rehearsal.from_dict(header["rehearsal"]) if header.get("rehearsal") else None,
         timing=header["timing"],
+        skipped=header["skipped"],
         stored=part["stored"],
     )
 
 
 def _tensors(posterior: Fitted) -> dict[str, Tensor]:
-    out = {"draws": posterior.draws, "log_weights": posterior.log_weights, "trace": torch.tensor(posterior.trace)}
+    out = {
+        "draws": posterior.draws,
+        "log_weights": posterior.log_weights,
+        "trace": torch.tensor(posterior.trace, dtype=torch.float64),
+    }
     out |= {f"proposal.{name}": getattr(posterior.proposal, name) for name in ("x", "log_q", "log_p")}
     if posterior.modes is not None:
         out |= {"modes.loc": posterior.modes.loc, "modes.scale_tril": posterior.modes.scale_tril}
@@ -107,12 +117,12 @@ def _header(posterior: Fitted) -> dict[str, Any]:
         "khat_interval": [_text(v) for v in posterior.khat_interval],
         **{name: _text(getattr(posterior, name)) for name in NUMBERS},
         "origins": posterior.modes.origin if posterior.modes is not None else [],
-        "recipe": posterior.settings.get("recipe"),
         "flow_description": posterior.flow_description,
         "notes": posterior.notes,
-        "settings": posterior.settings,
+        "settings": vars(posterior.settings),
         "rehearsal": posterior.rehearsal and posterior.rehearsal.to_dict(),
         "timing": posterior.timing,
+        "skipped": posterior.skipped,
     }
 
 

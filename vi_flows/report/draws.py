@@ -39,7 +39,7 @@ def constraint(posterior: Fitted) -> Callable[[Tensor], Values] | None:
     """x (n, dim) -> named values; None for a model that was loaded without its target."""
     if posterior.target is not None:
         return posterior.target.constrain
-    return None if posterior.settings.get("model") else lambda x: {"x": x}
+    return None if posterior.settings.is_model else lambda x: {"x": x}
 
 
 def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ..inference.estimate.evaluate import log_density
 from ..inference.estimate.psis import smooth
 from ..inference.estimate.quantities import flatten
 from ..inference.judge.fitted import Fitted, fixed
-from ..inference.locate.gaussian import ADAPTED
+from ..inference.locate.gaussian import Kind
 from ..inference.options import Options
 from ..targets import Energy, LogDensity, PyroModel, Target
 from . import markup, panels
@@ -124,7 +123,7 @@ def _modes(posterior: Fitted) -> str:
     """Where the Gaussians lie that locating saw, the highest first, in named values where the target allows."""
     modes, constrain = posterior.modes, constraint(posterior)
     if modes is not None:
-        modes = modes.pick([i for i, origin in enumerate(modes.origin) if origin != ADAPTED])
+        modes = modes.pick([i for i, origin in enumerate(modes.origin) if origin.kind is not Kind.ADAPTED])
     if modes is None or not len(modes):
         return paragraph("None were recorded.")
     order, columns = range(len(modes)), {}
@@ -166,7 +165,8 @@ def _data(posterior: Fitted) -> str:
 def _making(posterior: Fitted) -> list[str]:
     total = sum(posterior.timing.values())
     stages = [(name, f"{s:.2f}", f"{s / max(total, 1e-9):.0%}") for name, s in posterior.timing.items()]
-    settings = {name: repr(value) for name, value in posterior.settings.items()}
+    shown = {**vars(posterior.settings), **posterior.settings.options}
+    settings = {name: repr(value) for name, value in shown.items()}
     return [
         paragraph(f"Flow: {posterior.flow_description or 'not recorded'}."),
         bullets(posterior.notes),
@@ -183,9 +183,8 @@ def code(posterior: Fitted) -> str:
     defaults. What no record can hold (a flow, a guide, ``init``) is named in comments.
     """
     settings, defaults = posterior.settings, vars(Options())
-    fitted, recipe = "training" in posterior.timing, settings.get("recipe")
-    given = {"flow": settings.get("flow", recipe), "seed": settings.get("seed")}
-    given |= {f.name: settings[f.name] for f in fields(Options) if f.name in settings}
+    fitted, recipe = "training" in posterior.timing, settings.recipe
+    given = {"flow": settings.flow or recipe, "seed": settings.seed, **settings.options}
     given = {name: value for name, value in given.items() if value != defaults.get(name)}
     options = [f"{name}={value if name == 'dtype' else repr(value)}" for name, value in given.items()]
     needed, arguments = _target_code(posterior.target)
@@ -196,16 +195,16 @@ def code(posterior: Fitted) -> str:
         comments.append(
             "init=, if there was one, is not recorded" if recipe else "flow= or init=: as given, not recorded"
         )
-    if fitted and recipe and "flow" not in settings:
+    if fitted and recipe and settings.flow is None:
         comments.append('flow="auto", if that chose it: the same up to chance, from other random numbers')
-    if settings.get("max_seconds") is not None:
+    if settings.options.get("max_seconds") is not None:
         comments.append("max_seconds ends stages by the clock, not always at the same step")
     imports = ["import torch"] * ("dtype" in given) + ["import vi_flows as vf", ""]
     call = f"posterior = vf.{'fit' if fitted else 'diagnose'}({', '.join([*arguments, *options])})"
     lines = [*imports, *(f"# {comment}" for comment in comments), call]
     for method, names in CORRECTIONS.items():
-        how = settings.get(method)
-        if how and how["seed"] != "the fit's":
+        how = settings.corrections.get(method)
+        if how and not how.get("within_fit"):
             arguments = (f"{name}={how[name]!r}" for name in names if name in how)
             lines.append(f"posterior = posterior.{method}({', '.join(arguments)})")
     return "\n".join(lines)

@@ -123,7 +123,7 @@ def _one_chain(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any]:
     """What the draws cannot tell, in the types that a netCDF file can hold: text, floats and lists of these."""
     numbers = ("khat", "ess", "elbo", "log_evidence", "log_evidence_se")
-    corrected = [words for name, words in CORRECTED.items() if name in posterior.settings]
+    corrected = [words for name, words in CORRECTED.items() if name in posterior.settings.corrections]
     attrs = {
         "verdict": posterior.verdict.status,
         "reasons": list(posterior.verdict.reasons),
@@ -139,7 +139,7 @@ def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any
         "torch_version": str(torch.__version__),
         "pyro_version": pyro.__version__,
     }
-    seeds = {"seed": posterior.settings.get("seed"), "resampling_seed": seed if weighted else None}
+    seeds = {"seed": posterior.settings.seed, "resampling_seed": seed if weighted else None}
     return attrs | {name: value for name, value in seeds.items() if value is not None}
 
 

@@ -51,7 +51,7 @@ def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
         verdict=verdict.because("the weighted draws are resampled from the proposal by their importance weights"),
         proposal=Weights(draws.x[index], log_p - posterior.log_evidence, log_p),
         notes=(*posterior.notes, note),
-        settings={**posterior.settings, "resample": {"n": n, "seed": seed}},
+        settings=posterior.settings.corrected("resample", {"n": n, "seed": seed}),
         stored=None,
     )
 
@@ -93,8 +93,8 @@ def anneal(
             _afford(seconds, time.monotonic() - began)
         result = _result(posterior, schedule, runs)
     how = {"particles": particles, "replicates": replicates, "seed": seed, **_recorded(schedule, runs)}
-    result.settings["anneal"], result.timing["annealing"] = how, time.monotonic() - began
-    return result
+    timing = {**posterior.timing, "annealing": time.monotonic() - began}
+    return dataclasses.replace(result, settings=posterior.settings.corrected("anneal", how), timing=timing)
 
 
 def walk_of_necks(posterior: Fitted) -> Walk | None:
@@ -143,8 +143,9 @@ def mended(posterior: Fitted, clock: Clock, bar: Progress) -> Fitted:
     if annealed.verdict.status == "unreliable":
         reason = "annealing did not mend it: " + "; ".join(annealed.verdict.reasons[1:]) + "."
         return dataclasses.replace(posterior, notes=(*posterior.notes, reason), timing=annealed.timing)
-    annealed.settings["anneal"] |= {"seed": "the fit's"}
-    return dataclasses.replace(annealed, notes=(*annealed.notes, f"weights alone failed by: {', '.join(failed)}."))
+    how = {**annealed.settings.corrections["anneal"], "within_fit": True}
+    notes = (*annealed.notes, f"weights alone failed by: {', '.join(failed)}.")
+    return dataclasses.replace(annealed, notes=notes, settings=annealed.settings.corrected("anneal", how))
 
 
 def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
@@ -184,8 +185,6 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
         log_evidence_se=se,
         skipped=sum(r.skipped for r in runs),
         notes=(*(n for n in posterior.notes if not n.startswith("anneal:")), note),
-        settings=dict(posterior.settings),
-        timing=dict(posterior.timing),
         stored=None,
     )
 

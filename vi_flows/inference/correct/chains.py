@@ -73,7 +73,8 @@ def mcmc(
         else:
             made = _independent(posterior, method, chains)
         result = _result(posterior, made)
-    result.settings["mcmc"] = {"method": method, "chains": chains, "seed": seed, **result.settings["mcmc"]}
+    how = {"method": method, "chains": chains, "seed": seed, **result.settings.corrections["mcmc"]}
+    result = dataclasses.replace(result, settings=posterior.settings.corrected("mcmc", how))
     result.timing["mcmc"] = time.monotonic() - began
     return result
 
@@ -92,7 +93,7 @@ def _check(
             raise ValueError(f"{name}: expected None for {method!r}, whose steps are the proposal's draws, got {value}")
     if threads is not None:
         whole("threads", threads)
-    corrected = any(isinstance(posterior.settings.get(name), dict) for name in ("anneal", "mcmc"))  # how it was done
+    corrected = any(name in posterior.settings.corrections for name in ("anneal", "mcmc"))
     if method in INDEPENDENT and corrected:
         raise ValueError(f"method: expected nuts or hmc for draws that are corrected already, got {method!r}")
 
@@ -191,7 +192,7 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
         log_evidence=level,
         log_evidence_se=error,
         notes=(*(n for n in posterior.notes if not n.startswith("mcmc:")), note),
-        settings={**posterior.settings, "mcmc": how},
+        settings=posterior.settings.corrected("mcmc", how),
         timing=dict(posterior.timing),
         stored=None,
     )

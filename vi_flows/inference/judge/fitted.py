@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,29 @@ from ..locate.gaussian import Gaussians
 from .verdict import Judgement
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True)
+class Settings:
+    """How a fit was made, as JSON can hold it.
+
+    seed; flow: the name that was asked for; recipe: the name by which the flow can be rebuilt; is_model: whether draws
+    have names; centring: degrees by site; options: those of ``fit``; corrections: how each was made, by method.
+    """
+
+    seed: int | None = None
+    flow: str | None = None
+    recipe: str | None = None
+    is_model: bool = False
+    centring: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    corrections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def corrected(self, method: str, how: Mapping[str, Any]) -> Settings:
+        """The same with one more correction, the last one."""
+        others = {name: value for name, value in self.corrections.items() if name != method}
+        return replace(self, corrections={**others, method: dict(how)})
+
+
+@dataclass(kw_only=True, eq=False)
 class Fitted(Judgement):
     """An approximation to a target, judged.
 
@@ -41,7 +64,7 @@ class Fitted(Judgement):
     flow_description: str = ""
     notes: tuple[str, ...] = ()
     trace: list[float] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
     timing: dict[str, float] = field(default_factory=dict)
     stored: dict[str, Tensor] | None = None
     rehearsal: Any = None
@@ -81,7 +104,7 @@ class Fitted(Judgement):
             raise ValueError(f"n: expected at most the {size} stored draws, got {n}; load with target= for more")
         index = torch.randperm(size)[:n]
         chosen = {name: value[index] for name, value in self.stored.items()}
-        return chosen if self.settings.get("model") else chosen["x"]
+        return chosen if self.settings.is_model else chosen["x"]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log q of x (..., dim) -> (...) by the fitted flow, x in the coordinates of ``target``, as ``draws`` are."""
@@ -108,7 +131,7 @@ class Fitted(Judgement):
     @property
     def evidence_name(self) -> str:
         """What ∫p is: the evidence of a model, the normaliser of a density."""
-        return "log evidence" if self.settings.get("model") else "log normaliser"
+        return "log evidence" if self.settings.is_model else "log normaliser"
 
     @property
     def evidence_text(self) -> str:

@@ -17,7 +17,7 @@ from ..estimate.evaluate import in_blocks, log_density
 from ..estimate.psis import resampling_weights
 from ..estimate.quantities import flatten, resample, vary
 from ..estimate.weights import Weights, log_mean
-from ..locate.gaussian import FRESH, Gaussians, spread_of
+from ..locate.gaussian import Gaussians, Kind, Origin, spread_of
 from .check import Check, Role
 from .latent import ACCEPTANCE, LENGTH, Path, Rung
 from .proposal import MODE_DF, DefensiveProposal
@@ -84,7 +84,7 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     whether ∫ p g/(g + m) = E_g[p/(g + m)], what m does not cover there, is less than a share BASIN of Ẑ. If none of n
     starts leads to more, the 95 % upper limit of the share of starts that do is 1 − 0.05^{1/n}.
     """
-    x, n = probes.loc, probes.origin.count(FRESH)
+    x, n = probes.loc, probes.origin.count(Origin(Kind.FRESH))
     above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
     suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
     found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0

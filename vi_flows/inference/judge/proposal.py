@@ -10,7 +10,7 @@ from torch import Tensor
 from ...flows.bases import Mixture
 from ...flows.distribution import Flow
 from ..estimate.evaluate import in_blocks
-from ..locate.gaussian import Gaussians, from_covariance
+from ..locate.gaussian import Gaussians, Kind, from_covariance
 
 SHARES = (0.8, 0.1, 0.1)  # of the flow, of the flow over a t base, of the t components
 TAIL_DF, MODE_DF = 4.0, 5.0
@@ -45,7 +45,7 @@ class DefensiveProposal:
         with torch.no_grad():
             x = self.flow().rsample_and_log_prob((1000,))[0]
         covariance = torch.atleast_2d(torch.cov(x.mT))
-        found, _ = from_covariance(x.mean(0)[None], covariance[None], "the moments of q")
+        found, _ = from_covariance(x.mean(0)[None], covariance[None], Kind.FLOW)
         if not len(found):
             raise ValueError("flow: expected finite draws with a covariance, got none; lower lr=, or check the target")
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...targets import PyroModel, Target
 from ..estimate.weights import mean_elbo
 from .ascent import bfgs_paths
-from .gaussian import Gaussians, from_covariance, gaussian_vi, join
+from .gaussian import Gaussians, Kind, from_covariance, gaussian_vi, join
 from .large import locate_large
 from .locate import pathfinder
 from .points import DENSE_DIMS, start_points
@@ -104,7 +104,7 @@ def carried(gaussian: Gaussians, here: PyroModel, there: PyroModel) -> Gaussians
     x = gaussian.at(torch.randn(max(DRAWS, 8 * here.dim), here.dim).to(gaussian.loc))[:, 0]
     y = here.translate(x, there)
     y = y[y.isfinite().all(-1)]
-    return from_covariance(y.mean(0)[None], torch.cov(y.mT)[None], "draws")[0]
+    return from_covariance(y.mean(0)[None], torch.cov(y.mT)[None], Kind.DRAWS)[0]
 
 
 def _sentence(target: PyroModel) -> str:

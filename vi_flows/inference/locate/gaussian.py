@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +20,41 @@ PER_DIM = 4  # draws for each dimension, from where their correlations are used
 EXTREME = 1e100  # a Gaussian that reaches further is where an unbounded density ran away to
 
 
-@dataclass(frozen=True)
+class Kind(str, Enum):
+    """What a Gaussian was made from."""
+
+    STANDARD = "the standard normal"
+    PATH = "a Pathfinder path"
+    END = "the end of a path"
+    LAPLACE = "Laplace"
+    FRESH = "a further start"
+    ADAPTED = "the adapted mixture"
+    DRAW = "a draw"
+    DRAWS = "draws"
+    FLOW = "the moments of q"
+    GUIDE = "the guide"
+    NEWTON = "Newton's method over the few"
+    FEW = "weighted draws of the few"
+    STRUCTURED = "scales outside, Gaussian inside"
+
+
+class Origin(NamedTuple):
+    """Where a Gaussian came from, and how often Gaussian VI has refined it since."""
+
+    kind: Kind
+    refined: int = 0
+
+    def __str__(self) -> str:
+        return "Gaussian VI from " * self.refined + self.kind.value
+
+
+@dataclass(frozen=True, eq=False)
 class Gaussians:
     """K Gaussians: loc (K, dim), scale_tril (K, dim, dim), and where each came from."""
 
     loc: Tensor
     scale_tril: Tensor
-    origin: tuple[str, ...]
+    origin: tuple[Origin, ...]
 
     def __len__(self) -> int:
         return len(self.loc)
@@ -32,8 +62,9 @@ class Gaussians:
     def pick(self, index: list[int]) -> Gaussians:
         return Gaussians(self.loc[index], self.scale_tril[index], tuple(self.origin[i] for i in index))
 
-    def named(self, form: str) -> Gaussians:
-        return Gaussians(self.loc, self.scale_tril, tuple(form.format(name) for name in self.origin))
+    def refined(self) -> Gaussians:
+        """The same, said to come from Gaussian VI."""
+        return Gaussians(self.loc, self.scale_tril, tuple(Origin(o.kind, o.refined + 1) for o in self.origin))
 
     def at(self, epsilon: Tensor) -> Tensor:
         """loc + L ε for standard normal ε (n, dim) -> (n, K, dim)."""
@@ -61,29 +92,29 @@ class Gaussians:
 
 def join(parts: list[Gaussians]) -> Gaussians:
     parts = [p for p in parts if len(p)] or parts[:1]
-    origin = tuple(name for p in parts for name in p.origin)
+    origin = tuple(o for p in parts for o in p.origin)
     return Gaussians(torch.cat([p.loc for p in parts]), torch.cat([p.scale_tril for p in parts]), origin)
 
 
-def from_covariance(loc: Tensor, covariance: Tensor, origin: str) -> tuple[Gaussians, Tensor]:
+def from_covariance(loc: Tensor, covariance: Tensor, kind: Kind) -> tuple[Gaussians, Tensor]:
     """Those of the K Gaussians whose covariance (K, dim, dim) is finite and positive definite, and their indices."""
     tril, good = _factor(covariance)
     index = (good & usable(loc, tril)).nonzero()[:, 0]
-    return Gaussians(loc[index], tril[index], (origin,) * len(index)), index
+    return Gaussians(loc[index], tril[index], (Origin(kind),) * len(index)), index
 
 
 def spread_of(z: Tensor) -> Gaussians:
     """The Gaussian with the moments of draws z (N, dim), or none; without correlations where draws are too few."""
     few = len(z) < PER_DIM * z.shape[1]
     covariance = torch.diag(z.var(0)) if few else torch.atleast_2d(torch.cov(z.mT))
-    return from_covariance(z.mean(0)[None], covariance[None], "draws")[0]
+    return from_covariance(z.mean(0)[None], covariance[None], Kind.DRAWS)[0]
 
 
-def from_precision(loc: Tensor, precision: Tensor, origin: str) -> tuple[Gaussians, Tensor]:
+def from_precision(loc: Tensor, precision: Tensor, kind: Kind) -> tuple[Gaussians, Tensor]:
     """As :func:`from_covariance`, from precisions: the Laplace approximation at optima."""
     tril, good = _factor(precision)
     index = good.nonzero()[:, 0]
-    some, kept = from_covariance(loc[index], torch.cholesky_inverse(tril[index]), origin)
+    some, kept = from_covariance(loc[index], torch.cholesky_inverse(tril[index]), kind)
     return some, index[kept]
 
 
@@ -169,10 +200,6 @@ def improved(target: Target, start: Gaussians) -> tuple[Gaussians, Tensor]:
     epsilon = torch.randn(256, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
     before, after = start.elbo(target, epsilon), refined.elbo(target, epsilon)
     gains = after > before + BETTER
-    every = join([start, refined.named("Gaussian VI from {}")])
+    every = join([start, refined.refined()])
     picked = [i + len(start) * int(gain) for i, gain in enumerate(gains)]
     return every.pick(picked), torch.where(gains, after, before)
-
-
-FRESH = "a further start"  # the origin of probes
-ADAPTED = "the adapted mixture"  # that of its components

@@ -16,7 +16,7 @@ from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad
 from ..estimate.weights import mean_elbo
 from .ascent import CURVATURE, line_search
-from .gaussian import Gaussians, distinct, from_covariance, join, usable
+from .gaussian import Gaussians, Kind, Origin, distinct, from_covariance, join, usable
 
 MEMORY = 12  # pairs (s, y) that L-BFGS remembers
 ITERATIONS = 300  # of L-BFGS
@@ -55,11 +55,11 @@ class LowRank:
         log_p = log_density(target, self.at(epsilon))
         return mean_elbo(log_p + epsilon.square().sum(-1) / 2) + float(self.sd.log().sum() + self.stretch.log1p().sum())
 
-    def dense(self, origin: str) -> Gaussians:
+    def dense(self, kind: Kind) -> Gaussians:
         """The same as Gaussians with a triangular factor; none where that fails."""
         half = self.directions * ((1 + self.stretch).square() - 1)
         correlation = torch.eye(len(self.sd)).to(self.sd) + half @ self.directions.mT
-        return from_covariance(self.loc[None], (self.sd[:, None] * correlation * self.sd)[None], origin)[0]
+        return from_covariance(self.loc[None], (self.sd[:, None] * correlation * self.sd)[None], kind)[0]
 
 
 @dataclass
@@ -131,7 +131,7 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
     optima = join([newton_laplace(target, front) for front in fronts if len(front)] or [paths.pick([])])
     optima = optima.pick(distinct(optima, value_and_grad(target, optima.loc)[0], ENDS)) if len(optima) else optima
     dim = starts.shape[1]
-    standard = Gaussians(starts.new_zeros(1, dim), torch.eye(dim).to(starts)[None], ("the standard normal",))
+    standard = Gaussians(starts.new_zeros(1, dim), torch.eye(dim).to(starts)[None], (Origin(Kind.STANDARD),))
     found = join([standard, paths, optima])
     elbo = found.elbo(target, torch.randn(256, dim).to(starts))
     best = found.pick([int(elbo.argmax())])
@@ -241,7 +241,7 @@ def newton_laplace(target: Target, start: Gaussians, iterations: int = 12, toler
             break
         x = trials[rises[0]]
     good = proper and bool(usable(x[None], tril[None])[0])
-    return Gaussians(x[None], tril[None], ("Laplace",)).pick([0] if good else [])
+    return Gaussians(x[None], tril[None], (Origin(Kind.LAPLACE),)).pick([0] if good else [])
 
 
 def _reshaped(tril: Tensor, precision: Tensor) -> tuple[Tensor, bool]:
@@ -273,7 +273,7 @@ def curvature_vi(target: Target, start: Gaussians) -> Gaussians:
             break
         loc, tril, _ = _round(target, loc, tril, 1 / (1 + k / 2), pairs)
     good = bool(usable(loc[None], tril[None])[0])
-    return Gaussians(loc[None], tril[None], start.origin).named("Gaussian VI from {}") if good else start
+    return Gaussians(loc[None], tril[None], start.origin).refined() if good else start
 
 
 def travel(target: Target, start: Gaussians) -> tuple[Gaussians, float]:

@@ -15,9 +15,9 @@ from ..bounds import ENOUGH, NEGLIGIBLE, NO_MODE, SAME_MODE, WAVES, WORTH
 from ..estimate.weights import mean_elbo
 from .ascent import Iterates, bfgs_paths, newton
 from .gaussian import (
-    ADAPTED,
-    FRESH,
     Gaussians,
+    Kind,
+    Origin,
     distinct,
     from_covariance,
     from_precision,
@@ -69,7 +69,7 @@ def locate(target: Target, starts: Tensor) -> Located:
     optima, masses, probes = _further(target, optima, masses)
     dim = starts.shape[1]
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
-    standard = Gaussians(starts.new_zeros(1, dim), eye[None], ("the standard normal",))
+    standard = Gaussians(starts.new_zeros(1, dim), eye[None], (Origin(Kind.STANDARD),))
     found = join([standard, paths, optima])
     epsilon = torch.randn(256, dim, dtype=starts.dtype, device=starts.device)
     elbo = found.elbo(target, epsilon)
@@ -122,7 +122,7 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
     probes, empty = optima.pick([]), 0
     for k in range(waves):
         ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
-        rows, index = from_covariance(ends.x, ends.inverse_hessian, FRESH)
+        rows, index = from_covariance(ends.x, ends.inverse_hessian, Kind.FRESH)
         apart = [i for i, x in enumerate(rows.loc) if not len(optima) or optima.distance(x).amin() > SAME_MODE]
         _, new, new_masses = basins(target, ends[index[apart]])
         probes = join([rows, new])
@@ -154,7 +154,7 @@ def _components(mixture: Mixture | None) -> list[Gaussians]:
     """The components of an adapted mixture: where a basin is bent, they cover it and the optima alone do not."""
     if mixture is None:
         return []
-    return [Gaussians(mixture.loc, mixture.scale_tril, (ADAPTED,) * len(mixture.weights))]
+    return [Gaussians(mixture.loc, mixture.scale_tril, (Origin(Kind.ADAPTED),) * len(mixture.weights))]
 
 
 def modes_kept(dim: int) -> int:
@@ -171,7 +171,7 @@ def _refine(target: Target, start: Gaussians) -> Gaussians:
     best = int(short.elbo(target, epsilon).argmax())
     long = gaussian_vi(target, short.pick([best]), iterations=60)
     refined = [long, short.pick([i for i in range(len(short)) if i != best])]
-    return join([g.named("Gaussian VI from {}") for g in refined])
+    return join([g.refined() for g in refined])
 
 
 def joined(*kinds: Gaussians) -> Gaussians:
@@ -184,7 +184,7 @@ def joined(*kinds: Gaussians) -> Gaussians:
 def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHS) -> Gaussians:
     """The Gaussian N(x + H∇log p, H) of the best ELBO on each path, for the ``keep`` best paths."""
     loc = record.x + (record.inverse_hessian @ record.grad.unsqueeze(-1)).squeeze(-1)
-    found, index = from_covariance(loc, record.inverse_hessian, "a Pathfinder path")
+    found, index = from_covariance(loc, record.inverse_hessian, Kind.PATH)
     if not len(found):
         return found
     epsilon = torch.randn(draws, loc.shape[1], dtype=loc.dtype, device=loc.device)
@@ -204,14 +204,14 @@ def basins(target: Target, ends: Iterates) -> tuple[Gaussians, Gaussians, Tensor
 
     All distinct ends are followed up, for on badly scaled targets paths end early, with curvatures far off.
     """
-    rows, index = from_covariance(ends.x, ends.inverse_hessian, "the end of a path")
+    rows, index = from_covariance(ends.x, ends.inverse_hessian, Kind.END)
     limit = modes_kept(rows.loc.shape[1])
     order = distinct(rows, ends.value[index], limit)
     reached = rows.pick(order)
     if not order:
         return reached, reached, ends.value[:0]
     x, value, hessian = newton(target, ends[index[order]])
-    found, kept = from_precision(x, -hessian, "Laplace")
+    found, kept = from_precision(x, -hessian, Kind.LAPLACE)
     mass = value[kept] + found.logdet()
     optima = found.pick([i for i in distinct(found, value[kept], limit) if mass[i] > mass.max() - NO_MODE])
     return reached, *improved(target, optima)

@@ -12,7 +12,7 @@ from ...running import late
 from ...targets.target import Target
 from ..estimate.evaluate import in_blocks, log_density
 from ..estimate.weights import effective_sample_size
-from .gaussian import Gaussians, join, scale_of
+from .gaussian import Gaussians, Kind, Origin, join, scale_of
 
 ROUNDS = 16
 DRAWS, DRAWS_EACH = 2000, 150  # in each round: at least, and for each component
@@ -98,6 +98,6 @@ def _with_births(found: Gaussians, weights: Tensor, x: Tensor, w: Tensor, of_eac
         return found, weights
     at = torch.multinomial(excess, births)
     nearest = of_each[at].argmax(-1)
-    born = Gaussians(x[at], found.scale_tril[nearest] / 2, ("a draw",) * births)
+    born = Gaussians(x[at], found.scale_tril[nearest] / 2, (Origin(Kind.DRAW),) * births)
     mass = excess.sum() / births
     return join([found, born]), torch.cat([weights, mass.expand(births)]) / (1 + excess.sum())

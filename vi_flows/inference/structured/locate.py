@@ -16,7 +16,7 @@ from ...targets.target import Target
 from ..estimate.evaluate import in_blocks, log_density, value_and_grad
 from ..estimate.weights import effective_sample_size, log_weights
 from ..locate.ascent import bfgs_paths
-from ..locate.gaussian import FRESH, Gaussians, from_covariance, scale_of
+from ..locate.gaussian import Gaussians, Kind, Origin, from_covariance, scale_of
 from ..locate.points import start_points
 from .conditional import Conditional
 from .sparsity import STEP, curvature, influence, pattern
@@ -197,7 +197,7 @@ def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
             break
         loc = w @ eta
         covariance = (w[:, None] * (eta - loc)).mT @ (eta - loc)
-        at = Gaussians(loc[None], scale_of(covariance)[None], ("weighted draws of the few",))
+        at = Gaussians(loc[None], scale_of(covariance)[None], (Origin(Kind.FEW),))
     return at
 
 
@@ -224,7 +224,7 @@ def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
         tril = scale_of(tril @ (vectors / size) @ vectors.mT @ tril.mT)
         if late() or (float(inside[0] @ step) < 0.02 and bool((each > 0.3).all() and (each < 3).all())):
             break
-    return Gaussians(eta[None], tril[None], ("Newton's method over the few",))
+    return Gaussians(eta[None], tril[None], (Origin(Kind.NEWTON),))
 
 
 def degree_of(dim: int) -> int:
@@ -311,7 +311,7 @@ def like(flow: Flow) -> Gaussians:
         in_blocks(lambda z: flow().bijection.forward_and_logdet(z)[0], z) for z in (eye, -eye, 0 * eye[:1])
     )
     rows = (ahead - behind) / (2 * WIDTH / 5)
-    return from_covariance(centre, (rows.mT @ rows)[None], "scales outside, Gaussian inside")[0]
+    return from_covariance(centre, (rows.mT @ rows)[None], Kind.STRUCTURED)[0]
 
 
 def fresh_ends(target: Target, inside: Conditional, few: Gaussians, near: Gaussians) -> Gaussians:
@@ -324,4 +324,4 @@ def fresh_ends(target: Target, inside: Conditional, few: Gaussians, near: Gaussi
     u = points.index_select(-1, inside.graph.many) / inside.unit
     x = inside.points(eta, inside.laplace(eta, u, SOLVE_STEPS)[0])
     x = x[x.isfinite().all(-1)]
-    return Gaussians(x, near.scale_tril.expand(len(x), -1, -1), (FRESH,) * len(x))
+    return Gaussians(x, near.scale_tril.expand(len(x), -1, -1), (Origin(Kind.FRESH),) * len(x))
