@@ -315,7 +315,7 @@ def test_posterior_of_the_same_kind(wrong, annealed, tmp_path):
     assert any(note.startswith("anneal: 4 runs of 400 particles") for note in annealed.notes)
     table = annealed.summary()
     assert table["mean"].to_numpy() == pytest.approx([1.0, -2.0, 0.5], abs=0.2)
-    assert annealed.to_arviz(n=100).posterior["x"].shape == (1, 100, 3)
+    assert annealed.to_arviz(num_draws=100).posterior["x"].shape == (1, 100, 3)
     annealed.plot("marginals", path=tmp_path / "marginals.png")
     annealed.plot("weights", path=tmp_path / "weights.png")
     again = vf.load(annealed.save(tmp_path / "annealed.safetensors"), target=wrong.target)
@@ -367,7 +367,7 @@ def test_resampled_draws_last():
     assert kept.log_evidence == posterior.log_evidence == pytest.approx(math.log(2 * math.pi), abs=0.01)
     assert (x.mean(0) - 1).abs().max() < 0.03 and (x.std(0) - 1).abs().max() < 0.03
     assert torch.equal(kept.sample(20_000, seed=2).sort(0).values, x.sort(0).values)  # each once
-    with pytest.raises(ValueError, match="n: expected an integer of at least 100, got 3"):
+    with pytest.raises(ValueError, match="num_draws: expected an integer of at least 100, got 3"):
         posterior.resample(3)
 
 
@@ -460,7 +460,7 @@ def test_a_neck_is_annealed_by_moves_of_scales():
     of_p, of_q = annealed.sample(20_000, seed=0), posterior.flow().sample((20_000,))
     off = [abs(float((x[:, 0] < -1.645).double().mean()) - 0.05) for x in (of_p, of_q)]
     assert off[0] < 0.012 < off[1]
-    chains = posterior.mcmc("hmc", draws=400)
+    chains = posterior.mcmc("hmc", num_draws=400)
     assert "moves of scales" in chains.notes[-1] and "bridge" in chains.notes[-1]
     assert abs(chains.log_evidence - exact) < 5 * chains.log_evidence_se
 

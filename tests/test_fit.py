@@ -54,8 +54,10 @@ def test_gaussian_density(gaussian):
 
 def test_draws_and_weights_are_aligned(gaussian):
     _, _, target, post = gaussian
-    assert torch.allclose(target.log_prob(post.draws) - post.log_prob(post.draws), post.log_weights, atol=1e-9)
-    assert 1 <= post.ess <= len(post.draws) == 10_000
+    assert torch.allclose(
+        target.log_prob(post.flow_draws) - post.log_prob(post.flow_draws), post.log_weights, atol=1e-9
+    )
+    assert 1 <= post.ess <= len(post.flow_draws) == 10_000
     assert post.khat_interval[0] <= post.khat <= post.khat_interval[1]
 
 
@@ -75,14 +77,14 @@ def test_save_and_load(gaussian, tmp_path):
     _, _, target, post = gaussian
     path = post.save(tmp_path / "deep" / "posterior.safetensors")
     again = vf.load(path, target=target)
-    assert torch.equal(again.draws, post.draws) and torch.equal(again.log_weights, post.log_weights)
-    assert torch.allclose(again.log_prob(post.draws[:50]), post.log_prob(post.draws[:50]), rtol=0, atol=1e-12)
+    assert torch.equal(again.flow_draws, post.flow_draws) and torch.equal(again.log_weights, post.log_weights)
+    assert torch.allclose(again.log_prob(post.flow_draws[:50]), post.log_prob(post.flow_draws[:50]), rtol=0, atol=1e-12)
     assert torch.equal(again.sample(100, seed=3), post.sample(100, seed=3))
     assert again.verdict == post.verdict and again.khat_interval == post.khat_interval
     alone = vf.load(path)
     assert alone.sample(100).shape == (100, 3)
     assert alone.summary().shape == (3, 9)
-    with pytest.raises(ValueError, match="n: expected at most the 10000 stored draws"):
+    with pytest.raises(ValueError, match="num_draws: expected at most the 10000 stored draws"):
         alone.sample(20_000)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
@@ -179,7 +181,7 @@ def test_every_recipe_fits_and_never_beats_log_z(recipe):
         return Normal(0.0, 1.0).log_prob(x[:, 0]) + Normal(0.5 * x[:, 0] ** 2, 0.7).log_prob(x[:, 1])
 
     post = vf.fit(vf.LogDensity(log_prob, dim=2), flow=recipe, **QUICK)
-    assert post.elbo <= 3 * float(post.log_weights.std()) / len(post.draws) ** 0.5
+    assert post.elbo <= 3 * float(post.log_weights.std()) / len(post.flow_draws) ** 0.5
     assert post.elbo > -0.35
     assert abs(post.log_evidence) < 4 * post.log_evidence_se + 0.01
     assert recipe in post.flow_description
@@ -190,9 +192,9 @@ def test_same_seed_same_result_and_global_rng_untouched():
     state = torch.get_rng_state()
     runs = [vf.fit(mixture(1.0), seed=3, **QUICK) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(runs[0].draws, runs[1].draws) and runs[0].log_evidence == runs[1].log_evidence
+    assert torch.equal(runs[0].flow_draws, runs[1].flow_draws) and runs[0].log_evidence == runs[1].log_evidence
     other = vf.fit(mixture(1.0), seed=4, **QUICK)
-    assert not torch.equal(runs[0].draws, other.draws)
+    assert not torch.equal(runs[0].flow_draws, other.flow_draws)
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -236,7 +238,11 @@ def test_warm_start_from_a_posterior_and_from_values():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"stepz": 3}, TypeError, "unknown option 'stepz'"),
+        (
+            {"stepz": 3},
+            TypeError,
+            "fit: unknown option 'stepz'; expected flow, seed, progress, steps, .*, or an argument",
+        ),
         ({"steps": -1}, ValueError, "steps: expected an integer"),
         ({"steps": 2.5}, ValueError, "steps: expected an integer"),
         ({"particles": 1}, ValueError, "particles: expected an integer of at least 2"),

@@ -341,7 +341,7 @@ def test_the_elbo_of_a_diagnosis_is_that_of_svi(make):
     posterior = vf.diagnose(guide, mixed, Y, progress=False, num_draws=500)
     assert posterior.elbo + float(losses.mean()) == pytest.approx(0.0, abs=6 * float(losses.std()) / 20**0.5 + 0.02)
     assert set(posterior.sample(3)) == {"scale", "share", "b"}
-    x = posterior.draws[:5]
+    x = posterior.flow_draws[:5]
     direct = posterior.target.log_prob(x) - posterior.log_weights[:5]
     assert torch.allclose(posterior.log_prob(x), direct, atol=1e-4)
 
@@ -471,3 +471,29 @@ def test_diagnosis_leaves_the_parameter_store_and_generator_alone():
         warnings.simplefilter("error")
         vf.diagnose(by_hand, conjugate, Y, progress=False, num_draws=500)
     assert torch.equal(state, torch.get_rng_state()) and list(pyro.get_param_store()) == keys
+
+
+def taking(y, scale=1.0, steps=3, path=False):
+    """A model with arguments of the names of options: steps of fit, path of AutoFlow."""
+    mu = pyro.sample("mu", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(mu, steps - 2.0), obs=y)
+
+
+def test_keywords_of_a_model_are_passed_alike():
+    y = torch.tensor([1.0, 2.0])
+    posterior = vf.fit(taking, y=y, scale=2.0, progress=False, num_draws=500)
+    assert posterior.log_evidence == pytest.approx(vf.fit(taking, y, 2.0, progress=False).log_evidence, abs=1e-9)
+    guide = vf.AutoFlow(taking, "gaussian", y=y, scale=2.0)
+    found = vf.diagnose(guide, taking, y=y, scale=2.0, progress=False, num_draws=500)
+    assert found.log_evidence == pytest.approx(posterior.log_evidence, abs=0.02)
+    for call, words in (
+        (lambda: vf.fit(taking, y, steps=10), "fit: 'steps' is an option of fit and an argument of the model"),
+        (lambda: vf.AutoFlow(taking, "planar", y, path=True), "AutoFlow: 'path' is an option of AutoFlow and an"),
+        (lambda: vf.diagnose(guide, taking, y, scal=2.0), "diagnose: unknown option 'scal'"),
+        (lambda: vf.AutoFlow(taking, "planar", y, locat=False), "AutoFlow: unknown option 'locat'"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+    own = vf.fit(vf.PyroModel(taking, y, steps=4), steps=10, progress=False, num_draws=500)
+    assert own.settings.options["steps"] == 10

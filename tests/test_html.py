@@ -221,7 +221,7 @@ def test_pictures_of_raw_and_weighted_draws(posteriors, pages):
     weighted, raw = (float(found) for found in re.findall(r"sd (\d\.\d+)", first))
     ratio = math.exp(-2) * 4 / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2))
     assert weighted == pytest.approx(math.sqrt(1 - ratio), abs=0.02)  # of a normal cut at ±2
-    assert raw == pytest.approx(float(posteriors["truncated"].draws[:, 0].std(correction=0)), rel=1e-2)
+    assert raw == pytest.approx(float(posteriors["truncated"].flow_draws[:, 0].std(correction=0)), rel=1e-2)
     assert any("contours" in alt for alt in alts), "a density of two coordinates is drawn over them"
     without = [image["alt"] for image in Page(pages["model, loaded"]).all("img")]
     assert not any("draws of q" in alt or "contours" in alt for alt in without)
@@ -233,9 +233,9 @@ def test_pairs_show_weighted_draws_below_the_diagonal_and_raw_ones_above(posteri
     html._both(html.panels.quantities(posterior, None))(figure)
     below, above = figure.axes[2].lines[0], figure.axes[1].lines[0]
     assert figure.axes[1].get_visible()
-    assert np.abs(below.get_xdata()).max() <= 2 < posterior.draws[:, 0].abs().max()
-    assert np.array_equal(above.get_ydata(), posterior.draws[:, 0]) and above.get_color() != below.get_color()
-    assert np.array_equal(above.get_xdata(), posterior.draws[:, 1])
+    assert np.abs(below.get_xdata()).max() <= 2 < posterior.flow_draws[:, 0].abs().max()
+    assert np.array_equal(above.get_ydata(), posterior.flow_draws[:, 0]) and above.get_color() != below.get_color()
+    assert np.array_equal(above.get_xdata(), posterior.flow_draws[:, 1])
     assert figure.axes[1].get_ylim() == figure.axes[2].get_xlim()
 
 
@@ -264,7 +264,7 @@ def test_its_code_makes_the_same_posterior(posteriors, pages):
     assert "fit(normals, y, flow='gaussian', seed=0, steps=40, particles=32, num_draws=500, correct=False)" in code
     names = {"normals": normals, "y": Y}
     exec(code, names)
-    assert torch.equal(names["posterior"].draws, posteriors["model"].draws)
+    assert torch.equal(names["posterior"].flow_draws, posteriors["model"].flow_draws)
     names = {"cauchy": cauchy}
     exec(Page(pages["cauchy"]).code, names)
     assert torch.equal(names["posterior"].log_weights, posteriors["cauchy"].log_weights)

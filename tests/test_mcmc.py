@@ -19,9 +19,9 @@ from vi_flows.inference.estimate.quantities import estimate
 from vi_flows.inference.judge.check import Check, Role, Verdict
 
 LOC, COVARIANCE = torch.tensor([1.0, -2.0]).double(), torch.tensor([[1.0, 1.2], [1.2, 4.0]]).double()
-FEW = {"chains": 4, "draws": 250, "warmup": 100, "seed": 2}
+FEW = {"chains": 4, "num_draws": 250, "warmup": 100, "seed": 2}
 QUICK = {"progress": False, "num_draws": 1000}
-FEWER = {"chains": 2, "draws": 100, "warmup": 50}
+FEWER = {"chains": 2, "num_draws": 100, "warmup": 50}
 
 
 def correlated(x):
@@ -97,7 +97,7 @@ def test_precise_chains_are_corrected(wrong):
     fitted = vf.diagnose(
         gaussian_flow(LOC, torch.linalg.cholesky(COVARIANCE)), wrong.target, progress=False, num_draws=1000
     )
-    result = fitted.mcmc("hmc", draws=600, warmup=100)
+    result = fitted.mcmc("hmc", num_draws=600, warmup=100)
     assert result.verdict.status == "corrected", result.verdict.reasons
     settings = result.settings.corrections["mcmc"]
     assert settings["divergences"] == [0] * 8
@@ -123,7 +123,7 @@ def test_model_with_names():
 def test_chains_that_cannot_move_between_modes():
     target = vf.LogDensity(two_modes, dim=2)
     fitted = vf.fit(target, flow="gaussian", steps=20, progress=False)
-    result = fitted.mcmc(chains=4, draws=100, warmup=50, seed=1)
+    result = fitted.mcmc(chains=4, num_draws=100, warmup=50, seed=1)
     assert result.verdict.status == "unreliable"
     assert any("cannot move between modes" in reason for reason in result.verdict.reasons)
     starts = result.proposal.x.reshape(4, 100, 2)[:, 0, 0]
@@ -144,7 +144,7 @@ def test_independence_chains_cannot_say_more_than_their_weights(wrong, method):
 def test_posterior_of_the_same_kind(wrong, nuts, tmp_path):
     assert type(nuts) is type(wrong)
     assert "mcmc" not in wrong.settings.corrections
-    assert json.loads(json.dumps(nuts.settings.corrections["mcmc"]))["draws"] == 250
+    assert json.loads(json.dumps(nuts.settings.corrections["mcmc"]))["num_draws"] == 250
     assert nuts.summary()["mean"].to_numpy() == pytest.approx(LOC.numpy(), abs=0.3)
     again = vf.load(nuts.save(tmp_path / "chains.safetensors"), target=wrong.target)
     assert torch.equal(again.sample(50, seed=2), nuts.sample(50, seed=2))
@@ -168,11 +168,11 @@ def test_seed_alone_decides_and_the_global_generator_is_left(wrong):
     [
         ({"method": "gibbs"}, r"^method: expected one of nuts, hmc, imh, isir, got 'gibbs'$"),
         ({"chains": 1}, r"^chains: expected an integer of at least 2, got 1$"),
-        ({"draws": 10}, r"^draws: expected an integer of at least 100, got 10$"),
+        ({"num_draws": 10}, r"^num_draws: expected an integer of at least 100, got 10$"),
         ({"warmup": True}, r"^warmup: expected an integer of at least 50, got True$"),
         ({"threads": 0}, r"^threads: expected a positive integer, got 0$"),
         ({"method": "isir", "chains": 900}, r"^chains: expected at most \d+ for the proposal's \d+ draws, got 900$"),
-        ({"method": "imh", "draws": 500}, r"^draws: expected None for 'imh', .*, got 500$"),
+        ({"method": "imh", "num_draws": 500}, r"^num_draws: expected None for 'imh', .*, got 500$"),
     ],
 )
 def test_refusals(wrong, options, message):

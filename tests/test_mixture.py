@@ -111,7 +111,7 @@ def test_a_fit_of_two_modes_is_reliable_and_is_kept_by_files(tmp_path):
     assert float((own[:, 0] > 0).double().mean()) == pytest.approx(0.7, abs=0.02)
     assert posterior.log_evidence == pytest.approx(0, abs=0.01)
     loaded = vf.load(posterior.save(tmp_path / "two.safetensors"), target=target)
-    x = posterior.draws[:50]
+    x = posterior.flow_draws[:50]
     assert torch.allclose(loaded.log_prob(x), posterior.log_prob(x))
 
 

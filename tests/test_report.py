@@ -66,7 +66,7 @@ def without_target(model, density, tmp_path_factory):
 
 
 def test_groups_of_a_model(model):
-    data = model.to_arviz(n=500)
+    data = model.to_arviz(num_draws=500)
     assert {"posterior", "sample_stats", "observed_data", "unconstrained_posterior"} == set(data.groups())
     assert {name: data.posterior[name].shape for name in data.posterior.data_vars} == {
         "mu": (1, 500),
@@ -85,7 +85,7 @@ def test_groups_of_a_model(model):
 def test_weighted_draws_are_those_of_sample_and_their_stats_are_aligned(model):
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    data = model.to_arviz(n=2000, seed=5)
+    data = model.to_arviz(num_draws=2000, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     drawn = model.sample(2000, seed=5)
     for name in ("mu", "z", "theta", "scale"):
@@ -100,7 +100,7 @@ def test_weighted_draws_are_those_of_sample_and_their_stats_are_aligned(model):
 
 
 def test_equally_weighted_draws_have_the_posterior_s_moments(model):
-    mu = model.to_arviz(n=20_000).posterior["mu"].values
+    mu = model.to_arviz(num_draws=20_000).posterior["mu"].values
     assert mu.mean() == pytest.approx(MU_MEAN, abs=0.03)
     assert mu.var() == pytest.approx(MU_VARIANCE, rel=0.05)
 
@@ -108,18 +108,18 @@ def test_equally_weighted_draws_have_the_posterior_s_moments(model):
 def test_unweighted_draws_carry_their_log_weights(density):
     data = density.to_arviz(weighted=False)
     x, stats = torch.as_tensor(data.posterior["x"].values[0]), data.sample_stats
-    assert x.shape == (1000, 2) and torch.equal(x, density.draws)
+    assert x.shape == (1000, 2) and torch.equal(x, density.flow_draws)
     assert np.array_equal(stats["log_weight"][0], density.log_weights)
     assert np.allclose(stats["log_q"][0], density.log_prob(x))
     assert np.allclose(stats["lp"][0], density.target.log_prob(x))
     assert np.isneginf(stats["log_weight"]).sum() == (x[:, 0].abs() > 2).sum() > 0
-    assert np.array_equal(density.to_arviz(n=10, weighted=False).posterior["x"][0], x[:10])
+    assert np.array_equal(density.to_arviz(num_draws=10, weighted=False).posterior["x"][0], x[:10])
 
 
 def test_every_function_of_arviz_runs_on_it(model, density, without_target, tmp_path):
     kept = len(pyplot.get_fignums())
     for posterior in (model, density, *without_target.values()):
-        data = posterior.to_arviz(n=300)
+        data = posterior.to_arviz(num_draws=300)
         table = az.summary(data, round_to="none")
         assert np.isfinite(table[["mean", "sd", "ess_bulk"]].to_numpy()).all()
         for draw in (az.plot_trace, az.plot_posterior, az.plot_forest, az.plot_pair):
@@ -129,7 +129,7 @@ def test_every_function_of_arviz_runs_on_it(model, density, without_target, tmp_
 
 
 def test_attrs_survive_a_file(model, tmp_path):
-    data = model.to_arviz(n=100)
+    data = model.to_arviz(num_draws=100)
     data.to_netcdf(str(tmp_path / "fit.nc"))
     again = az.from_netcdf(str(tmp_path / "fit.nc"))
     assert again.posterior.equals(data.posterior) and again.sample_stats.equals(data.sample_stats)
@@ -144,10 +144,10 @@ def test_attrs_survive_a_file(model, tmp_path):
 
 
 def test_dims_and_coords_as_in_arviz(model, density):
-    data = model.to_arviz(n=10, dims={"theta": ["town"]}, coords={"town": ["a", "b", "c"]})
+    data = model.to_arviz(num_draws=10, dims={"theta": ["town"]}, coords={"town": ["a", "b", "c"]})
     assert data.posterior["theta"].dims[-1] == "town" and data.posterior["z"].dims[-1] == "schools"
     assert data.posterior["theta"].sel(town="c").shape == (1, 10)
-    assert density.to_arviz(n=10, dims={"x": ["axis"]}).posterior["x"].dims == ("chain", "draw", "axis")
+    assert density.to_arviz(num_draws=10, dims={"x": ["axis"]}).posterior["x"].dims == ("chain", "draw", "axis")
 
 
 def test_plates_name_the_axes_that_lie_in_them():
@@ -158,30 +158,30 @@ def test_plates_name_the_axes_that_lie_in_them():
         with pyro.plate("draw", 2):
             pyro.sample("u", dist.Normal(0.0, 1.0))
 
-    posterior = vf.fit(nested, **{**QUICK, "steps": 0}).to_arviz(n=5).posterior
+    posterior = vf.fit(nested, **{**QUICK, "steps": 0}).to_arviz(num_draws=5).posterior
     assert posterior["v"].dims == ("chain", "draw", "rows", "columns", "v_dim_2")
     assert posterior["total"].dims == ("chain", "draw", "rows", "columns")
     assert posterior["u"].dims == ("chain", "draw", "u_dim_0")  # ArviZ has a "draw" of its own
 
 
 def test_without_a_target(without_target, density):
-    data = without_target["density"].to_arviz(n=50)
-    assert np.array_equal(data.posterior["x"], density.to_arviz(n=50).posterior["x"])
+    data = without_target["density"].to_arviz(num_draws=50)
+    assert np.array_equal(data.posterior["x"], density.to_arviz(num_draws=50).posterior["x"])
     data = without_target["model"].to_arviz()
     assert data.posterior["theta"].shape == (1, 4000, 3) and "sample_stats" not in data.groups()
     with pytest.raises(ValueError, match=r"weighted: expected True, got False without a target; load it with"):
         without_target["model"].to_arviz(weighted=False)
-    with pytest.raises(ValueError, match="n: expected at most the 10000 stored draws"):
-        without_target["model"].to_arviz(n=20_000)
+    with pytest.raises(ValueError, match="num_draws: expected at most the 10000 stored draws"):
+        without_target["model"].to_arviz(num_draws=20_000)
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.5, 1001])
 def test_bad_counts(density, n):
-    with pytest.raises(ValueError, match="n: expected between 1 and the 1000 draws of q"):
-        density.to_arviz(n=n, weighted=False)
+    with pytest.raises(ValueError, match="num_draws: expected between 1 and the 1000 draws of q"):
+        density.to_arviz(num_draws=n, weighted=False)
     if n != 1001:
-        with pytest.raises(ValueError, match="n: expected a positive integer"):
-            density.to_arviz(n=n)
+        with pytest.raises(ValueError, match="num_draws: expected a positive integer"):
+            density.to_arviz(num_draws=n)
 
 
 def test_khat_of_known_tails():
@@ -401,7 +401,7 @@ def test_no_module_level_import_of_pyplot_by_the_report():
 
 def test_arguments_of_another_kind_are_refused(model):
     cases = [
-        (lambda: model.to_arviz(n=True), "n: expected a positive integer"),
+        (lambda: model.to_arviz(num_draws=True), "num_draws: expected a positive integer"),
         (lambda: model.summary(var_names=3), "var_names: expected a name or a list"),
         (lambda: model.summary(round_to="2"), "round_to: expected a number of decimals"),
         (lambda: model.plot("trace", var_names="mu"), "var_names: expected None with kind 'trace'"),

@@ -237,7 +237,7 @@ def test_no_claim_where_time_runs_out():
     """With all the time as without a limit; with none left a good fit is not claimed, and the check says why."""
     assert judged(gaussian_flow(2), normal(2), clock=Clock(600.0)).verdict.status == "reliable"
     found = judged(gaussian_flow(2), normal(2), clock=Clock(1e-3))
-    assert found.verdict.status == "unreliable" and len(found.draws) == len(found.log_weights)
+    assert found.verdict.status == "unreliable" and len(found.flow_draws) == len(found.log_weights)
     assert "max_seconds" in named(found.verdict)["time"].sentence
     spent = Clock(600.0)
     spent.limit = time.monotonic() - spent.began + 0.3  # enough for draws, not for moves

@@ -1,5 +1,6 @@
 """vi_flows: variational inference and Bayesian sampling with normalizing flows, and a verdict on every fit."""
 
+from . import testing
 from .errors import DivergedError
 from .fitting.diagnose import diagnose
 from .fitting.fit import fit
@@ -8,7 +9,7 @@ from .flows import bases, recipes
 from .flows.distribution import Flow, FlowDistribution, NotConverged
 from .guides import AutoFlow
 from .inference.estimate.weights import log_weights
-from .inference.judge.verdict import Verdict
+from .inference.judge.check import Verdict
 from .targets import Energy, LogDensity, PyroModel, Target, catalogue
 from .version import __version__
 

@@ -108,7 +108,7 @@ def numbers(posterior: vf.Posterior, density: vf.catalogue.KnownDensity) -> dict
         "reasons": posterior.verdict.reasons,
         "khat": posterior.khat,
         "khat_spread": posterior.khat_spread,
-        "ess": posterior.ess / len(posterior.draws),
+        "ess": posterior.ess / len(posterior.flow_draws),
         "elbo": posterior.elbo,
         "elbo_se": float(posterior.log_weights.std()) / math.sqrt(len(posterior.log_weights)),
         "gap": density.log_z - posterior.elbo,

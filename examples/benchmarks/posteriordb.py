@@ -75,7 +75,7 @@ def numbers(posterior: vf.Posterior, case: Case) -> dict[str, Any]:
         "reasons": posterior.verdict.reasons,
         "khat": posterior.khat,
         "khat_spread": posterior.khat_spread,
-        "ess": posterior.ess / len(posterior.draws),
+        "ess": posterior.ess / len(posterior.flow_draws),
         "log_z": posterior.log_evidence,
         "log_z_se": posterior.log_evidence_se,
         "log_z_error": posterior.log_evidence - case.log_z,

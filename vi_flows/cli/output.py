@@ -70,7 +70,7 @@ def _numbers(posterior: vf.Posterior) -> Table:
     low, high = posterior.khat_interval
     total = sum(posterior.timing.values())
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in posterior.timing.items())
-    count = len(posterior.draws)
+    count = len(posterior.flow_draws)
     rows = {
         "k̂ of the flow": f"{posterior.khat:.2f} ({low:.2f} to {high:.2f}); below 0.7 is good",
         "ESS of the flow": f"{posterior.ess:.0f} of {count} draws ({posterior.ess / count:.0%})",
@@ -98,7 +98,7 @@ def as_dict(posterior: vf.Posterior, summary: DataFrame, files: list[Path]) -> d
         "checks": [dataclasses.asdict(check) for check in posterior.verdict.checks],
         **{name: getattr(posterior, name) for name in numbers},
         "known_log_z": posterior.target.log_z,
-        "num_draws": len(posterior.draws),
+        "num_draws": len(posterior.flow_draws),
         "dim": posterior.dim,
         "summary": {str(name): dict(row) for name, row in summary.iterrows()},
         "flow": posterior.flow_description,

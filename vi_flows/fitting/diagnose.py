@@ -18,6 +18,7 @@ from ..progress import Progress
 from ..running import Clock, seeded
 from ..running import threads as torch_threads
 from ..targets import resolve_target
+from ..targets.resolve import check_keywords
 from ..targets.target import is_model
 from .posterior import Posterior
 
@@ -52,6 +53,8 @@ def diagnose(
     TypeError for another kind of q; ValueError, in one line, for a model that cannot be a target, or a guide that
     cannot be scored: point estimates, and flows that know log q of their own draws only (Pyro's planar, say).
     """
+    own = {"seed": seed, "progress": progress, "num_draws": num_draws, "dtype": dtype, "device": device}
+    check_keywords(diagnose, target_or_model, kwargs, {**own, "threads": threads})
     options = Options(num_draws=num_draws, dtype=dtype, device=device, threads=threads)
     clock = Clock(None)
     with seeded(seed), torch_threads(threads), Progress(progress) as bar:

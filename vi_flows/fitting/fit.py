@@ -15,6 +15,7 @@ from ..progress import Progress
 from ..running import seeded
 from ..running import threads as torch_threads
 from ..targets import resolve_target
+from ..targets.resolve import check_keywords
 from .posterior import Posterior
 
 
@@ -47,7 +48,8 @@ def fit(
 
     Parameters
     ----------
-    target_or_model: a Pyro model (``args`` are its arguments), or a target: ``LogDensity``, ``Energy``, ``PyroModel``.
+    target_or_model: a Pyro model (``args`` and ``kwargs`` are its arguments; where it has an argument of the name of an
+        option here, give it a ``PyroModel(model, ...)``), or a target: ``LogDensity``, ``Energy``, ``PyroModel``.
     flow: "auto", the name of a recipe, a callable dim -> Flow, or a Flow (copied); see ``vf.recipes``.
     seed: the result depends on it alone; torch's global generators are left as found.
     progress: show a progress bar.
@@ -95,6 +97,7 @@ def fit(
         reparam=reparam,
         rehearse=rehearse,
     )
+    check_keywords(fit, target_or_model, kwargs, {"flow": flow, "seed": seed, "progress": progress, **vars(options)})
     with seeded(seed), torch_threads(threads), Progress(progress) as bar:
         target = prepare(resolve_target(target_or_model, *args, **kwargs), options)
         if rehearse:

@@ -36,7 +36,7 @@ class Posterior(Fitted):
 
     def to_arviz(
         self,
-        n: int | None = None,
+        num_draws: int | None = None,
         weighted: bool = True,
         seed: int | None = 0,
         dims: Mapping[str, Sequence[str]] | None = None,
@@ -45,12 +45,12 @@ class Posterior(Fitted):
         """The posterior as ArviZ's InferenceData: equally weighted draws (resampled, as in :meth:`sample`), for which
         every function of ArviZ is right; verdict and evidence in its attrs.
 
-        n: draws, 4000 unless said. weighted: False gives the draws of q, with their log-weights in sample_stats.
+        num_draws: 4000 unless said. weighted: False gives the draws of q, with their log-weights in sample_stats.
         dims, coords: as in ``arviz.from_dict``. More in :func:`vi_flows.report.to_arviz`.
         """
         from ..report import to_arviz
 
-        return to_arviz(self, n, weighted, seed, dims, coords)
+        return to_arviz(self, num_draws, weighted, seed, dims, coords)
 
     def plot(
         self, kind: str = "overview", path: str | Path | None = None, *, var_names: str | Sequence[str] | None = None
@@ -75,21 +75,21 @@ class Posterior(Fitted):
 
         return write(self, path)
 
-    def resample(self, n: int = 10_000, seed: int | None = 0) -> Posterior:
-        """The simplest correction, made lasting: n equally weighted draws, resampled from the defensive proposal by its
+    def resample(self, num_draws: int = 10_000, seed: int | None = 0) -> Posterior:
+        """The simplest correction, made lasting: equally weighted draws, resampled from the defensive proposal by its
         importance weights, Pareto-smoothed below k̂ = 1 (Vehtari et al. 2024), as :meth:`sample` does at each call.
 
         Returns a Posterior of the same flow and evidence, whose ``proposal`` holds these draws; "corrected" where this
-        one could be claimed, else "unreliable". Raises ValueError for n < 100.
+        one could be claimed, else "unreliable". Raises ValueError for num_draws < 100.
         """
-        return anneal.resample(self, n, seed)
+        return anneal.resample(self, num_draws, seed)
 
     def anneal(
         self,
         particles: int = 5000,
         replicates: int = 8,
         seed: int | None = 0,
-        progress: bool = False,
+        progress: bool = True,
         threads: int | None = 1,
     ) -> Posterior:
         """A correction where weights alone are not enough: a posterior whose weighted draws are annealed to the target.
@@ -118,10 +118,10 @@ class Posterior(Fitted):
         self,
         method: str = "hmc",
         chains: int = 8,
-        draws: int | None = None,
+        num_draws: int | None = None,
         warmup: int | None = None,
         seed: int | None = 0,
-        progress: bool = False,
+        progress: bool = True,
         threads: int | None = 1,
     ) -> Posterior:
         """A correction by Markov chains: a posterior whose weighted draws are their states, equally weighted.
@@ -131,8 +131,8 @@ class Posterior(Fitted):
         iterated sampling importance resampling (Andrieu, Lee & Vihola 2018), whose proposals are the weighted draws at
         hand, begun where their total variation distance is bounded by .01 (Biswas, Jacob & Vanetti 2019).
         chains: at least 2; those of "nuts" and "hmc" are evaluated together, so that eight cost little more than one.
-        draws, warmup: of each of these, 750 after 300 unless said. seed: the result depends on it alone; None: drawn
-        from the global generator. progress: show a progress bar. threads: of torch, meanwhile.
+        num_draws, warmup: of each of these, 750 after 300 unless said. seed: the result depends on it alone; None:
+        drawn from the global generator. progress: show a progress bar. threads: of torch, meanwhile.
 
         Returns a Posterior with the same flow, whose ``proposal`` holds the states; ``settings.corrections``
         says what was done. Its verdict is "corrected" or "unreliable", by R̂, ESS, precision and tails of every
@@ -143,7 +143,7 @@ class Posterior(Fitted):
 
         Raises ValueError for arguments out of range and without target or flow.
         """
-        return chains.mcmc(self, method, chains, draws, warmup, seed, progress, threads)
+        return chains.mcmc(self, method, chains, num_draws, warmup, seed, progress, threads)
 
     def rehearse(self, k: int = 20, seed: int = 0, **options: Any) -> Rehearsal:
         """Check fits of this model by k data sets drawn from the fit, each refitted together with the real data.

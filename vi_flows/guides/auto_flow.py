@@ -28,6 +28,7 @@ from ..inference.locate.points import start_points
 from ..inference.start import FlowChoice, resolve_flow
 from ..running import seeded
 from ..targets import PyroModel
+from ..targets.resolve import check_keywords
 from .recentring import RecentringLayer
 
 DRAWS = 10_000  # from which medians and quantiles are taken
@@ -86,6 +87,8 @@ class AutoFlow(AutoContinuous):
         name: str = "AutoFlow",
         **kwargs: Any,
     ):
+        own = {"locate": locate, "reparam": reparam, "path": path, "dtype": dtype, "name": name}
+        check_keywords(AutoFlow.__init__, model, kwargs, own)
         super().__init__(model, init_loc_fn=init_to_feasible)
         self._pyro_name = name
         self._plain_model, self._choice, self._locate, self._reparam = (model,), (flow,), locate, reparam

@@ -55,7 +55,7 @@ def prepare(target: Target, options: Options) -> Target:
     return target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A trained flow, or the start that it did not improve on."""
 

@@ -32,7 +32,7 @@ AROUND = 600  # training steps over a Gaussian located, at most: they take .1 s 
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Start:
     """A flow to train, how it came about, its recipe's name if it can be rebuilt from that, and a limit of steps."""
 
@@ -45,7 +45,7 @@ class Start:
         return asked if self.steps is None else min(asked, self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Starts:
     """Flows to train in turn, of which the best is kept; modes for the judging proposal, probes that judge these."""
 

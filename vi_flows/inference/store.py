@@ -55,7 +55,7 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         raise ValueError(f"path: {path} is not a readable safetensors file ({error})") from None
     if not header or header.get("format") != FORMAT:
         raise ValueError(f"path: expected a vi_flows posterior of format {FORMAT}, got {path}; save it again")
-    dim = tensors["draws"].shape[1]
+    dim = tensors["flow_draws"].shape[1]
     if target is not None and target.dim != dim:
         raise ValueError(f"target: expected dim {dim}, got {target.dim}; pass the target that was fitted")
     settings = Settings(**header["settings"])
@@ -64,7 +64,7 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
     part = {p: _part(tensors, p) for p in ("proposal", "modes", "flow", "stored")}
     return Fitted(
         verdict=_verdict(header["verdict"]),
-        draws=tensors["draws"],
+        flow_draws=tensors["flow_draws"],
         log_weights=tensors["log_weights"],
         khat_interval=tuple(_number(v) for v in header["khat_interval"]),
         **{name: _number(header[name]) for name in NUMBERS},
@@ -89,7 +89,7 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
 
 def _tensors(posterior: Fitted) -> dict[str, Tensor]:
     out = {
-        "draws": posterior.draws,
+        "flow_draws": posterior.flow_draws,
         "log_weights": posterior.log_weights,
         "trace": torch.tensor(posterior.trace, dtype=torch.float64),
     }

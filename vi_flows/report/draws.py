@@ -20,11 +20,11 @@ from ..running import seeded
 Values = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draws:
     """n draws: values by name, each (n, ...); x (n, dim) unconstrained with log_q, the density they were drawn from,
     log_p and log_w = log_p − log_q (n,), None where a file without target or flow does not tell; index (n,), their
-    rows in ``posterior.proposal`` or ``posterior.draws``.
+    rows in ``posterior.proposal`` or ``posterior.flow_draws``.
     """
 
     values: Values
@@ -45,9 +45,9 @@ def constraint(posterior: Fitted) -> Callable[[Tensor], Values] | None:
 def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:
     """n equally weighted draws of the target, as ``posterior.sample`` makes them: the proposal's, resampled.
 
-    Raises ValueError if n is not positive, or exceeds the stored draws of a model loaded without its target.
+    Raises ValueError if that is not positive, or exceeds the stored draws of a model loaded without its target.
     """
-    whole("n", n)
+    whole("num_draws", n)
     constrain, proposal = constraint(posterior), posterior.proposal
     with seeded(seed):
         if constrain is None:
@@ -61,15 +61,15 @@ def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:
 def flow_draws(posterior: Fitted, n: int | None = None) -> Draws:
     """The first n (None: all) draws of q with their log-weights, as they are.
 
-    Raises ValueError if n is not between 1 and their number, or for a model that was loaded without its target.
+    Raises ValueError if that is not between 1 and their number, or for a model that was loaded without its target.
     """
-    size = len(posterior.draws)
+    size = len(posterior.flow_draws)
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= size):
-        raise ValueError(f"n: expected between 1 and the {size} draws of q that are kept, got {n!r}")
+        raise ValueError(f"num_draws: expected between 1 and the {size} draws of q that are kept, got {n!r}")
     constrain = constraint(posterior)
     if constrain is None:
         raise ValueError("weighted: expected True, got False without a target; load it with vf.load(path, target=...)")
-    x, log_w = posterior.draws[:n], posterior.log_weights[:n]
+    x, log_w = posterior.flow_draws[:n], posterior.log_weights[:n]
     log_q = log_p = None
     if posterior.flow is not None:
         with contextlib.suppress(NotConverged):  # of an inverse by iteration

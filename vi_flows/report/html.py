@@ -31,8 +31,8 @@ MARGINALS = 24
 MODES = 8  # beside one another
 CORRECTIONS = {  # methods of a posterior, and their arguments that are recorded
     "anneal": ("particles", "replicates", "seed"),
-    "mcmc": ("method", "chains", "draws", "warmup", "seed"),
-    "resample": ("n", "seed"),
+    "mcmc": ("method", "chains", "num_draws", "warmup", "seed"),
+    "resample": ("num_draws", "seed"),
 }
 
 
@@ -73,7 +73,7 @@ def _header(posterior: Fitted) -> str:
     """The verdict as a headline, its sentences, and the numbers behind it."""
     lead, *reasons = posterior.verdict.reasons
     low, high = posterior.khat_interval
-    count, zero = len(posterior.draws), int((posterior.log_weights == -math.inf).sum())
+    count, zero = len(posterior.flow_draws), int((posterior.log_weights == -math.inf).sum())
     rows = {
         "k̂ of the flow q": f"{posterior.khat:.2f} ({low:.2f} to {high:.2f}); below 0.7 is good",
         "k̂ of the proposal": f"{smooth(posterior.proposal.log_w)[1]:.2f}",

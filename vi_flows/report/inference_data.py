@@ -37,7 +37,7 @@ CORRECTED = {
 
 def to_arviz(
     posterior: Fitted,
-    n: int | None,
+    num_draws: int | None,
     weighted: bool,
     seed: int | None,
     dims: Mapping[str, Sequence[str]] | None,
@@ -46,9 +46,10 @@ def to_arviz(
     """The posterior as ArviZ's InferenceData, in one chain.
 
     ArviZ takes all draws of a posterior group as equally weighted. So the group holds draws that are: those of the
-    defensive proposal, resampled by their weights, as ``posterior.sample(n, seed=seed)`` gives them; every function of
-    ArviZ is right on them as far as the verdict goes. They are independent but for copies (``proposal_draw`` tells
-    which), so ArviZ's own ESS and MCSE, made for chains, do not see the weights: those of ``posterior.summary()`` do.
+    defensive proposal, resampled by their weights, as ``posterior.sample(num_draws, seed=seed)`` gives them; every
+    function of ArviZ is right on them as far as the verdict goes. They are independent but for copies
+    (``proposal_draw`` tells which), so ArviZ's own ESS and MCSE, made for chains, do not see the weights: those of
+    ``posterior.summary()`` do.
 
     Groups
     ------
@@ -64,20 +65,20 @@ def to_arviz(
 
     Parameters
     ----------
-    n: draws; 4000 unless said, or with weighted=False all that are kept.
+    num_draws: 4000 unless said, or with weighted=False all that are kept.
     weighted: False gives the draws of q with their log-weights.
     seed: of the resampling; None draws from torch's global generator.
     dims, coords: as in ``arviz.from_dict``. Where dims does not name them, a model's plates name the dimensions.
 
-    Raises ValueError for n out of range, for a site named "chain" or "draw", and for weighted=False of a model that was
-    loaded without its target.
+    Raises ValueError for num_draws out of range, for a site named "chain" or "draw", and for weighted=False of a model
+    that was loaded without its target.
     """
     if not weighted:
-        drawn = flow_draws(posterior, n)
+        drawn = flow_draws(posterior, num_draws)
     else:
         stored = len(next(iter(posterior.stored.values()))) if posterior.stored else 0
         most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored or DRAWS)
-        drawn = weighted_draws(posterior, most if n is None else n, seed)
+        drawn = weighted_draws(posterior, most if num_draws is None else num_draws, seed)
     observed = _arrays(posterior.target.observed if posterior.target is not None else {})
     named = _arrays(drawn.values)
     if taken := {"chain", "draw"} & {*named, *observed}:
@@ -129,7 +130,7 @@ def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any
         "reasons": list(posterior.verdict.reasons),
         "khat_interval": [float(v) for v in posterior.khat_interval],
         **{name: float(getattr(posterior, name)) for name in numbers},
-        "num_draws_of_q": len(posterior.draws),
+        "num_draws_of_q": len(posterior.flow_draws),
         "evidence": posterior.evidence_name,
         "flow": posterior.flow_description,
         "notes": "\n".join(posterior.notes),

@@ -69,7 +69,7 @@ def quantities(posterior: Fitted, var_names: str | Sequence[str] | None) -> Quan
     if var_names is None:  # a correlation matrix has constant entries
         varying = set(vary(weighted.nan_to_num()).tolist())
         keep = [i for i in keep if i in varying] or keep
-    raw = None if constrain is None else flatten(constrain(posterior.draws))[1][:, keep].cpu().numpy()
+    raw = None if constrain is None else flatten(constrain(posterior.flow_draws))[1][:, keep].cpu().numpy()
     return Quantities([names[i] for i in keep], weighted[:, keep].cpu().numpy(), raw)
 
 

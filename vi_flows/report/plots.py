@@ -90,7 +90,7 @@ def _title(figure: Figure, posterior: Fitted) -> None:
     status, (low, high) = posterior.verdict.status, posterior.khat_interval
     numbers = (
         rf"{status}: $\hat{{k}}$ of q {posterior.khat:.2f} ({low:.2f} to {high:.2f}), "
-        f"ESS {posterior.ess:.0f} of {len(posterior.draws)}, {posterior.evidence_name} {posterior.evidence_text}"
+        f"ESS {posterior.ess:.0f} of {len(posterior.flow_draws)}, {posterior.evidence_name} {posterior.evidence_text}"
     )
     against = [c.sentence for c in posterior.verdict.checks if not c.passed]
     width = int(13 * figure.get_figwidth())

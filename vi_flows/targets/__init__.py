@@ -1,5 +1,6 @@
 """Targets: what is approximated, as a log density on R^D, and how its points become named values."""
 
+from . import catalogue
 from .check import CheckReport, check_target, settle_dtype
 from .density import Energy, LogDensity
 from .pyro_model import PyroModel

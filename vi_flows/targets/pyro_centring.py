@@ -31,7 +31,7 @@ MATRIX = ("MultivariateNormal", "MultivariateStudentT")
 TINY = 1e-300  # a scale that underflows to 0 would make 0 · ∞ of coordinates that are sound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     r"""Location m and scale s of a site's distribution: its unconstrained value is u = m + s z, with noise z.
 

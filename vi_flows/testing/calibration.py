@@ -201,7 +201,7 @@ def compare(
         log_z_error=log_z,
         log_z_se=posterior.log_evidence_se,
         khat=posterior.khat,
-        ess=posterior.ess / len(posterior.draws),
+        ess=posterior.ess / len(posterior.flow_draws),
     )
 
 

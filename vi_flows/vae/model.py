@@ -35,7 +35,7 @@ POSTERIORS: dict[str, tuple[str, dict[str, Any]]] = {
 PRIORS = ("normal", "flow")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Terms:
     """Draws z (K, N, latent) of q(z|x) for N rows x, with log p(x|z), log p(z) and log q(z|x), each (K, N)."""
 

@@ -42,7 +42,7 @@ class Draws(nn.Module):
         return loc + scale * z, log_q - scale.log().sum(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Refined:
     """Posteriors of N rows x (N, dim), a flow's parameters for each, under the decoder and prior of a VAE.
 

@@ -37,7 +37,7 @@ LEAD = "use weighted draws (the default of sample): they were annealed"
 
 def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
     """n equally weighted draws in place of the proposal's; see :meth:`Posterior.resample`."""
-    whole("n", n, 100)
+    whole("num_draws", n, 100)
     draws = posterior.proposal
     with seeded(seed):
         index = by_weight(resampling_weights(draws.log_w), n)
@@ -51,7 +51,7 @@ def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
         verdict=verdict.because("the weighted draws are resampled from the proposal by their importance weights"),
         proposal=Weights(draws.x[index], log_p - posterior.log_evidence, log_p),
         notes=(*posterior.notes, note),
-        settings=posterior.settings.corrected("resample", {"n": n, "seed": seed}),
+        settings=posterior.settings.corrected("resample", {"num_draws": n, "seed": seed}),
         stored=None,
     )
 

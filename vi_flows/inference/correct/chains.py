@@ -39,7 +39,7 @@ REPLICATES, TIMES = 1000, 200  # by and at which it is bounded
 LEAD = "use weighted draws (the default of sample): states of chains"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chains:
     """States x (chains, draws, dim) with log p (chains, draws), how they were made, and the checks of that kind.
 
@@ -85,7 +85,7 @@ def _check(
     one_of("method", method, (*HAMILTONIAN, *INDEPENDENT))
     if posterior.target is None:
         raise ValueError("mcmc: this posterior has no target; load it with vf.load(path, target=...)")
-    for name, value, least in (("chains", chains, 2), ("draws", draws, 100), ("warmup", warmup, 50)):
+    for name, value, least in (("chains", chains, 2), ("num_draws", draws, 100), ("warmup", warmup, 50)):
         if value is None and name != "chains":
             continue
         whole(name, value, least)
@@ -115,7 +115,7 @@ def _hamiltonian(posterior: Fitted, method: str, count: int, draws: int, warmup:
     words += ", and moves of scales" if walk else ""
     words += f" (not recorded: {potential.refused})" if potential.refused else ""
     checks = (_divergences(told["divergences"], count * draws), _energy(energy, flow.dim))
-    how = {"draws": draws, "warmup": warmup, **told}
+    how = {"num_draws": draws, "warmup": warmup, **told}
     bridged = _bridged(path, (found.log_p - found.log_m).reshape(count, draws)) if walk else None
     return Chains(found.x.reshape(count, draws, -1), found.log_p.reshape(count, draws), words, how, checks, bridged)
 
@@ -253,7 +253,7 @@ def _mixing(names: list[str], theta: Tensor, chains: int) -> list[Check]:
     apart = f"{mixed}, not below {RHAT}: they have not mixed, or cannot move between modes"
     least, kind = float(ess.min()), kinds[int(ess.amin(1).argmin())]
     sentence = f"the smallest ESS of the chains is {least:.0f}, {kind} of {names[int(ess.amin(0).argmin())]}"
-    few = f"{sentence}, not above {LEAST_ESS:.0f}: raise draws="
+    few = f"{sentence}, not above {LEAST_ESS:.0f}: raise num_draws="
     return [
         Check.of("R-hat", worst, RHAT, mixed, apart),
         Check.of("ESS", LEAST_ESS / max(least, 1e-9), 1.0, sentence, few),

@@ -56,7 +56,7 @@ class Potential:
         return self.directly(z)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """One chain's states z (draws, dim) after the warm-up, and what its kernel tells of itself."""
 

@@ -127,7 +127,7 @@ def rescaled(path: Path, particles: Particles) -> Particles:
     return particles.updated(free, path.at(z[free])) if len(free) else particles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One pass along a frozen schedule: log Ẑ, the draws of p that it ends with (M, dim), log p and log m there (M,),
     log-weights and mean acceptance probability of each step, and how many first draws were skipped.

@@ -25,7 +25,7 @@ def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
     return names, torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimates:
     """Self-normalised estimates of Q quantities with their standard errors; every field is (Q,) or (3, Q)."""
 

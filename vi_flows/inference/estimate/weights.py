@@ -14,7 +14,7 @@ from ...targets.target import Target
 from .evaluate import BLOCK, in_blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weights:
     """Draws x (*shape, dim) with log_q and log_p (*shape)."""
 

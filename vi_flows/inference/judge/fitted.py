@@ -45,11 +45,13 @@ class Settings:
 class Fitted(Judgement):
     """An approximation to a target, judged.
 
-    draws: (S, dim) draws of the flow q in the unconstrained coordinates of ``target`` (its own, where sites of a model
-    were recentred: ``target.constrain`` gives values), aligned with log_weights (S,) = log p − log q.
+    draws: (S, dim), the draws to use, equally weighted, in the unconstrained coordinates of ``target`` (its own, where
+    sites of a model were recentred: ``target.constrain`` gives values): those of the defensive proposal, resampled by
+    their weights, or of a correction. flow_draws: (S, dim) of the flow q as they are, with log_weights (S,) = log p −
+    log q.
     verdict: status "reliable", "corrected" or "unreliable", with reasons.
     khat: mean k̂ of q's weights over repeats of S draws; khat_interval: 90 % interval of that mean.
-    ess: effective sample size of ``draws``, a count out of S.
+    ess: effective sample size of ``flow_draws``, a count out of S.
     elbo: the evidence lower bound of q. log_evidence, log_evidence_se: log ∫p, from the defensive proposal, and its
     Monte-Carlo error together with half of what unseen tails may carry; under improper priors it is a log normaliser.
     proposal: draws of the defensive proposal with their weights, from which :meth:`sample` resamples.
@@ -71,38 +73,45 @@ class Fitted(Judgement):
 
     @property
     def dim(self) -> int:
-        return self.draws.shape[1]
+        return self.flow_draws.shape[1]
 
-    def sample(self, n: int, weighted: bool = True, seed: int | None = None) -> dict[str, Tensor] | Tensor:
-        """n draws: a dict of named constrained tensors (n, ...) for a model, a tensor (n, dim) for a density.
+    @property
+    def draws(self) -> Tensor:
+        with seeded(0):
+            return self.proposal.x[resample(resampling_weights(self.proposal.log_w), len(self.flow_draws))]
+
+    def sample(self, num_draws: int, weighted: bool = True, seed: int | None = None) -> dict[str, Tensor] | Tensor:
+        """Draws of a model, a dict of named constrained tensors (num_draws, ...), or of a density, (num_draws, dim).
 
         weighted: resample the defensive proposal's draws by their (below k̂ = 1 Pareto-smoothed) importance weights:
-        draws of the target, as far as the verdict goes; single draws repeat where n or a weight is large. If False,
-        fresh draws of the flow q.
+        draws of the target, as far as the verdict goes; single draws repeat where num_draws or a weight is large. If
+        False, fresh draws of the flow q.
         seed: None draws from torch's global generator.
 
-        Raises ValueError if n is not positive, or if the posterior was loaded without a target and n exceeds the
-        stored draws.
+        Raises ValueError if num_draws is not positive, or exceeds the stored draws of a posterior that was loaded
+        without a target.
         """
-        whole("n", n)
+        whole("num_draws", num_draws)
         with seeded(seed):
             if self.target is None:
-                return self._sample_stored(n, weighted)
+                return self._sample_stored(num_draws, weighted)
             if weighted:
-                x = self.proposal.x[resample(resampling_weights(self.proposal.log_w), n)]
+                x = self.proposal.x[resample(resampling_weights(self.proposal.log_w), num_draws)]
             else:
                 with torch.no_grad():
-                    x = self._flow("sample")().rsample_and_log_prob((n,))[0]
+                    x = self._flow("sample")().rsample_and_log_prob((num_draws,))[0]
             values = self.target.constrain(x)
         return values if is_model(self.target) else x
 
-    def _sample_stored(self, n: int, weighted: bool) -> dict[str, Tensor] | Tensor:
+    def _sample_stored(self, num_draws: int, weighted: bool) -> dict[str, Tensor] | Tensor:
         if self.stored is None or not weighted:
             raise ValueError("sample: this posterior has no target; load it with vf.load(path, target=...)")
         size = len(next(iter(self.stored.values())))
-        if n > size:
-            raise ValueError(f"n: expected at most the {size} stored draws, got {n}; load with target= for more")
-        index = torch.randperm(size)[:n]
+        if num_draws > size:
+            raise ValueError(
+                f"num_draws: expected at most the {size} stored draws, got {num_draws}; load with target= for more"
+            )
+        index = torch.randperm(size)[:num_draws]
         chosen = {name: value[index] for name, value in self.stored.items()}
         return chosen if self.settings.is_model else chosen["x"]
 
@@ -122,7 +131,7 @@ class Fitted(Judgement):
         lines = [
             f"verdict: {self.verdict.status}",
             *(f"  - {reason}" for reason in self.verdict.reasons),
-            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.draws)} draws of q",
+            f"k̂ {self.khat:.2f} ({low:.2f} to {high:.2f}), ESS {self.ess:.0f} of {len(self.flow_draws)} draws of q",
             f"{self.evidence_name} {self.evidence_text}, ELBO {fixed(self.elbo)}",
         ]
         lines += [f"flow: {self.flow_description}"] if self.flow_description else []
@@ -141,7 +150,7 @@ class Fitted(Judgement):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.verdict.status}, dim {self.dim}, k̂ {self.khat:.2f}, "
-            f"ESS {self.ess:.0f}/{len(self.draws)}, "
+            f"ESS {self.ess:.0f}/{len(self.flow_draws)}, "
             f"{self.evidence_name} {self.evidence_text})"
         )
 

@@ -25,7 +25,7 @@ EXPLAINS = 0.7  # the correlation from where such curvature makes a scale of a c
 ENDS = 20  # the share, 1 in so many, of draws at an end and in the middle of a scale that tell
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Funnel:
     r"""A coordinate v with directions that it scales, and the move x_v + δ, centre + e^{bδ} (x − centre) along them.
 

@@ -21,7 +21,7 @@ ACCEPTANCE = 0.8
 LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Particles:
     """z (N, dim) with x = f(z), log m(x) and log p(x); z is NaN where the flow's inverse did not converge at x."""
 
@@ -97,7 +97,7 @@ class Path:
         return self.proposal.mixture(log_q, log_heavy, self.proposal.components.log_prob(x))
 
 
-@dataclass
+@dataclass(eq=False)
 class Rung:
     """A temperature b with its HMC kernel: leapfrog steps of size ``step`` in the frame z = A u, A Aᵀ the covariance.
 

@@ -45,7 +45,7 @@ def necks(target: Target, draws: Weights) -> list[Check]:
     return [_judged(charts[-1].target, columns, charts[-1].to(x), charts[-1].to(y))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chart:
     """Coordinates in which moves are made: a target over them, maps from those of the draws and back, the moves, and
     the spread of each one's scale: half the width of its middle 68 %, by which steps are measured."""

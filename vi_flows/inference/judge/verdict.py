@@ -37,7 +37,7 @@ LEADS = (
 T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Judgement:
     """All that judging a flow yields: weights of q and of the defensive proposal, and what follows from them.
 
@@ -45,7 +45,7 @@ class Judgement:
     """
 
     verdict: Verdict
-    draws: Tensor
+    flow_draws: Tensor
     log_weights: Tensor
     proposal: Weights
     khat: float
@@ -109,7 +109,7 @@ def judge(
     half = T_90 * spread / math.sqrt(REPEATS)
     return Judgement(
         verdict=verdict,
-        draws=draws,
+        flow_draws=draws,
         log_weights=log_weights[: len(draws)],
         proposal=pooled,
         khat=centre,

@@ -17,7 +17,7 @@ PRUNE_EVERY = 20  # iterations, after which the worse half of the paths still go
 PATHS = 8  # never fewer than so many by pruning
 
 
-@dataclass
+@dataclass(eq=False)
 class Iterates:
     """Points x (N, dim) on ascent paths: log p (N,), its gradient, inverse Hessians of −log p, the start's index."""
 

@@ -35,7 +35,7 @@ TRAVELLING = 0.75  # rate; no sd more than doubles in a round
 ARRIVED, FARTHEST = 0.15, 2.0  # sd, which the mean moves by in the end, and at most in one step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """x = loc + sd ∘ (I + U diag(s) Uᵀ) ε: a Gaussian whose covariance is diagonal with r directions stretched.
 
@@ -62,7 +62,7 @@ class LowRank:
         return from_covariance(self.loc[None], (self.sd[:, None] * correlation * self.sd)[None], kind)[0]
 
 
-@dataclass
+@dataclass(eq=False)
 class Paths:
     """N points x (N, dim) with log p (N,) and its gradient, the diagonals of L-BFGS (N, dim), and its pairs s, y
     (N, m, dim), the latest last, with 1/s·y (N, m), 0 for pairs that do not count."""

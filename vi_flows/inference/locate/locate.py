@@ -32,7 +32,7 @@ from .points import DENSE_DIMS, FEW_DIMS, _wave
 PATHS = 8  # of Pathfinder that are looked at closely
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Located:
     """What locating found.
 

@@ -63,7 +63,7 @@ def normalised_ranks(draws: Values, truth: Values) -> dict[str, float]:
     return {name: float(u[i]) for i, name in enumerate(names) if kept[i]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Uniformity:
     """How the ranks u (n,) of one quantity depart from uniform ones, as effect sizes with their errors.
 

@@ -46,7 +46,7 @@ CHECKED = 400  # draws on which a start is looked at
 FRESH_STARTS = 12  # from which other modes of the many are looked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """The many given the few, and values of the few (N, d) to start from."""
 
@@ -255,7 +255,7 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     return structured(layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inside:
     """A structured flow, the robust variance of its log-weights, a Gaussian like it, and where fresh starts ended."""
 

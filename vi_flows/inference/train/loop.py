@@ -29,7 +29,7 @@ LONG = 50  # dimensions, above which training that leads nowhere is given up: be
 HOPELESS = 8.0  # variance of log w, e⁻⁸ of all draws being a handful; lower, fits that long training mends are given up
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
     """What training did: elbo has one noisy value a step; reason says in words why it stopped, note what failed;
     given_up whether it stopped because it led nowhere."""
