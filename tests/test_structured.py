@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
+from vi_flows.flows.recursion import Graph
+from vi_flows.flows.structured import Features, LeadingTails, StructuredLayer, monomials, rebuilt, structured
 from vi_flows.inference.clock import Clock
 from vi_flows.inference.conditional import Conditional
 from vi_flows.inference.gaussian import Gaussians
@@ -111,6 +112,24 @@ def test_path_scores_are_gradients_of_the_density():
     (score,) = torch.autograd.grad(flow().log_prob(held).sum(), held)
     (found,) = torch.autograd.grad(log_q.sum(), x)
     torch.testing.assert_close(found, score)
+
+
+@pytest.mark.parametrize("shape", PATTERNS)
+def test_the_recursion_solves_and_has_gradients(shape):
+    """δ = (I − B)⁻¹ e by dense algebra, where levels have one width and several; its gradients by differences."""
+    _, parents, depth = elimination(shape(9))
+    by_depth = sorted(range(9), key=lambda k: depth[k])
+    place = {old: new for new, old in enumerate(by_depth)}
+    pairs = torch.tensor([(place[k], place[j]) for k in by_depth for j in parents[k]])
+    child, parent = pairs.unbind(-1)
+    graph = Graph(torch.tensor([0]), torch.arange(1, 10), child, parent, torch.tensor([depth[k] for k in by_depth]))
+    b, e = torch.randn(3, len(child)).double(), torch.randn(3, 9).double()
+    kept = torch.eye(9, dtype=torch.float64).repeat(3, 1, 1)
+    kept[:, child, parent] = -b
+    torch.testing.assert_close(graph.solve(b, e), torch.linalg.solve(kept, e))
+    torch.testing.assert_close(graph.solve(b[0], e), torch.linalg.solve(kept[0], e.mT).mT)
+    torch.testing.assert_close(graph.transposed(b, e), (kept.mT @ e[..., None])[..., 0])
+    assert torch.autograd.gradcheck(graph.solve, (b.requires_grad_(), e.requires_grad_()))
 
 
 def test_features_are_what_their_exponents_say():

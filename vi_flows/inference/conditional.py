@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..flows.structured import Graph
+from ..flows.recursion import Graph
 from ..targets.target import Target
 from .clock import late
 from .optimise import value_and_grad
