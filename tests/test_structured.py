@@ -18,7 +18,7 @@ from vi_flows.inference.conditional import Conditional
 from vi_flows.inference.gaussian import Gaussians
 from vi_flows.inference.initialise import start_points
 from vi_flows.inference.regressed import around
-from vi_flows.inference.sparsity import coloured, curvature, elimination, pattern, probing
+from vi_flows.inference.sparsity import coloured, curvature, elimination, influence, pattern, probing
 from vi_flows.inference.structured import Marginal, degree_of, like, locate_structured, split
 from vi_flows.inference.weights import log_weights
 from vi_flows.testing import check_flow
@@ -359,3 +359,13 @@ def test_curvature_finds_a_pattern():
     torch.testing.assert_close(found[1:, 1:], matrix * math.e, rtol=1e-5, atol=1e-5)
     seen = pattern([found])
     assert bool(seen[0].all()) and torch.equal(seen[1:, 1:], arrow(12))
+
+
+def test_influences_of_some_are_those_among_all():
+    target = quadratic(precision_of(arrow(12)), 1.0)
+    x, steps = torch.ones(13).double(), torch.full((13,), 0.3).double()
+    curved = curvature(target, x, torch.full((13,), 1e-4).double())
+    every, some = (influence(target, x, curved, pattern([curved]), steps, i) for i in (None, torch.tensor([0, 5])))
+    torch.testing.assert_close(every[0], torch.tensor(12 * 0.3**2).double(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(some[[0, 5]], every[[0, 5]])
+    assert some.count_nonzero() <= 2
