@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.flows.structured import Features, Graph, LeadingTails, StructuredLayer, monomials, rebuilt, structured
+from vi_flows.flows.recursion import Graph
+from vi_flows.flows.structured import Features, LeadingTails, StructuredLayer, monomials, rebuilt, structured
 from vi_flows.inference.estimate.weights import log_weights
 from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.inference.locate.points import start_points
 from vi_flows.inference.structured.conditional import Conditional
 from vi_flows.inference.structured.locate import Marginal, degree_of, like, locate_structured, split
 from vi_flows.inference.structured.regressed import around
-from vi_flows.inference.structured.sparsity import coloured, curvature, elimination, pattern, probing
+from vi_flows.inference.structured.sparsity import coloured, curvature, elimination, influence, pattern, probing
 from vi_flows.running import Clock
 from vi_flows.testing import check_flow
 
@@ -111,6 +112,24 @@ def test_path_scores_are_gradients_of_the_density():
     (score,) = torch.autograd.grad(flow().log_prob(held).sum(), held)
     (found,) = torch.autograd.grad(log_q.sum(), x)
     torch.testing.assert_close(found, score)
+
+
+@pytest.mark.parametrize("shape", PATTERNS)
+def test_the_recursion_solves_and_has_gradients(shape):
+    """δ = (I − B)⁻¹ e by dense algebra, where levels have one width and several; its gradients by differences."""
+    _, parents, depth = elimination(shape(9))
+    by_depth = sorted(range(9), key=lambda k: depth[k])
+    place = {old: new for new, old in enumerate(by_depth)}
+    pairs = torch.tensor([(place[k], place[j]) for k in by_depth for j in parents[k]])
+    child, parent = pairs.unbind(-1)
+    graph = Graph(torch.tensor([0]), torch.arange(1, 10), child, parent, torch.tensor([depth[k] for k in by_depth]))
+    b, e = torch.randn(3, len(child)).double(), torch.randn(3, 9).double()
+    kept = torch.eye(9, dtype=torch.float64).repeat(3, 1, 1)
+    kept[:, child, parent] = -b
+    torch.testing.assert_close(graph.solve(b, e), torch.linalg.solve(kept, e))
+    torch.testing.assert_close(graph.solve(b[0], e), torch.linalg.solve(kept[0], e.mT).mT)
+    torch.testing.assert_close(graph.transposed(b, e), (kept.mT @ e[..., None])[..., 0])
+    assert torch.autograd.gradcheck(graph.solve, (b.requires_grad_(), e.requires_grad_()))
 
 
 def test_features_are_what_their_exponents_say():
@@ -343,3 +362,13 @@ def test_curvature_finds_a_pattern():
     torch.testing.assert_close(found[1:, 1:], matrix * math.e, rtol=1e-5, atol=1e-5)
     seen = pattern([found])
     assert bool(seen[0].all()) and torch.equal(seen[1:, 1:], arrow(12))
+
+
+def test_influences_of_some_are_those_among_all():
+    target = quadratic(precision_of(arrow(12)), 1.0)
+    x, steps = torch.ones(13).double(), torch.full((13,), 0.3).double()
+    curved = curvature(target, x, torch.full((13,), 1e-4).double())
+    every, some = (influence(target, x, curved, pattern([curved]), steps, i) for i in (None, torch.tensor([0, 5])))
+    torch.testing.assert_close(every[0], torch.tensor(12 * 0.3**2).double(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(some[[0, 5]], every[[0, 5]])
+    assert some.count_nonzero() <= 2

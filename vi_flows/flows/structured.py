@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..arguments import whole
 from .bases import Base, StandardNormal, StudentT
-from .bijection import Bijection, Compose, Layer
+from .bijection import Bijection, Compose, Layer, pulled_back
 from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
+from .recursion import Graph, taken
 
 REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
 BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
@@ -118,67 +119,6 @@ class Straight(Base):
         return self.image.log_prob(t) + logdet
 
 
-class Graph(nn.Module):
-    """Which coordinates of x are few, and of which others each of the many depends: indices, as buffers.
-
-    few: (d,) indices into x. many: (n,) the others, so ordered that parents come before children, depth by depth.
-    child, parent: (E,) positions in ``many``, one pair for each entry of B, sorted by child; depth: (n,), from 0.
-    """
-
-    def __init__(self, few: Tensor, many: Tensor, child: Tensor, parent: Tensor, depth: Tensor):
-        super().__init__()
-        for name, value in (("few", few), ("many", many), ("child", child), ("parent", parent), ("depth", depth)):
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.long))
-        self.register_buffer("back", torch.cat([self.few, self.many]).argsort())
-        self._levels()
-
-    @property
-    def dim(self) -> int:
-        return len(self.few) + len(self.many)
-
-    def _levels(self) -> None:
-        """For each depth: its first position, and the entries (k, width) and parents of its k coordinates, padded by an
-        entry of value 0."""
-        counts = torch.bincount(self.depth).tolist() if len(self.depth) else []
-        of_child = torch.bincount(self.child, minlength=len(self.many)).tolist()
-        first_entry = [0, *itertools.accumulate(of_child)]
-        parent, last = self.parent.tolist(), len(self.child)
-        self.count = len(counts)
-        self.starts = [0, *itertools.accumulate(counts)]
-        for k in range(self.count):
-            members = range(self.starts[k], self.starts[k + 1])
-            width = max((of_child[i] for i in members), default=0)
-            entries = [[first_entry[i] + j if j < of_child[i] else last for j in range(width)] for i in members]
-            parents = [[parent[e] if e < last else 0 for e in row] for row in entries]
-            shape = (len(members), width)
-            self.register_buffer(f"entries{k}", torch.tensor(entries, dtype=torch.long).reshape(shape), False)
-            self.register_buffer(f"parents{k}", torch.tensor(parents, dtype=torch.long).reshape(shape), False)
-
-    def entries(self, k: int) -> Tensor:
-        return getattr(self, f"entries{k}")
-
-    def parents(self, k: int) -> Tensor:
-        return getattr(self, f"parents{k}")
-
-    def solve(self, b: Tensor, e: Tensor) -> Tensor:
-        """δ (\\*batch, n) with δ_i = Σ_j B_ij δ_j + e_i, depth by depth; b (\\*batch, E)."""
-        b = torch.cat([b, b.new_zeros((*b.shape[:-1], 1))], -1)
-        found = e[..., : self.starts[1]] if self.count else e
-        for k in range(1, self.count):
-            index, width = self.entries(k), self.entries(k).shape[1]
-            factor = b.index_select(-1, index.reshape(-1)).unflatten(-1, (-1, width))
-            of_parents = found.index_select(-1, self.parents(k).reshape(-1)).unflatten(-1, (-1, width))
-            own = e[..., self.starts[k] : self.starts[k + 1]]
-            found = torch.cat([found, own + (factor * of_parents).sum(-1)], -1)
-        return found
-
-    def residual(self, b: Tensor, delta: Tensor) -> Tensor:
-        """e (\\*batch, n) = δ_i − Σ_j B_ij δ_j: what :meth:`solve` undoes."""
-        if not len(self.child):
-            return delta
-        return delta.index_add(-1, self.child, -b * delta.index_select(-1, self.parent))
-
-
 def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
     """Exponents of all products of dim variables up to a total degree; the first has none."""
     every = [()]
@@ -234,9 +174,14 @@ class Bent(Bijection):
         self.origin = torch.sinh(self.lean * self.power)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        angle = (torch.asinh(z) + self.lean) * self.power
-        slope = torch.log(torch.cosh(angle) * self.power) - 0.5 * torch.log1p(z * z)
-        return torch.sinh(angle) - self.origin, slope.sum(-1)
+        x, _, slope = self.bent(z)
+        return x, slope.sum(-1)
+
+    def bent(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """g, sinh of the angle, and log g', each (\\*batch, n)."""
+        sine = torch.sinh((torch.asinh(z) + self.lean) * self.power)
+        slope = 0.5 * torch.log1p(sine * sine) + self.power.log() - 0.5 * torch.log1p(z * z)
+        return sine - self.origin, sine, slope
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.origin
@@ -264,26 +209,67 @@ class Structured(Bijection):
         near, far = self.layer.features(t)
         phi = RATE * near
         log_scale = bounded(RATE * far @ self.layer.log_scale, LOG_SCALE)
-        slope = (phi @ self.layer.slope) * log_scale.exp().index_select(-1, self.graph.child)
+        slope = (phi @ self.layer.slope) * taken(log_scale.exp(), self.graph.child)
         return phi @ self.layer.shift, log_scale, self.layer.slope_at_0 + slope
 
     def _constant(self) -> Tensor:
         return self.layer.tril.diagonal().log().sum() + self.layer.unit.log().sum()
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet, *_ = self._forward(z)
+        return x, logdet
+
+    def _forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """x, log|det|, and what the score is made of: c + g, sinh of the angle, log g', log s, B and u in its unit."""
         few = len(self.graph.few)
         t, noise = z[..., :few], z[..., few:]
         shift, log_scale, slope = self._given(t)
-        bent, logdet = self.bent.forward_and_logdet(noise)
-        u = self.graph.solve(slope, self.layer.shift_at_0 + (shift + bent) * log_scale.exp())
-        u = self.layer.unit_loc + self.layer.unit * u
+        bent, sine, log_slope = self.bent.bent(noise)
+        moved = shift + bent
+        own = self.graph.solve(slope, self.layer.shift_at_0 + moved * log_scale.exp())
+        u = self.layer.unit_loc + self.layer.unit * own
         x = torch.cat([self.layer.loc + matvec(self.layer.tril, t), u], -1).index_select(-1, self.graph.back)
-        return x, logdet + log_scale.sum(-1) + self._constant()
+        return x, (log_slope + log_scale).sum(-1) + self._constant(), moved, sine, log_slope, log_scale, slope, own
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the Bijection says. With v = J⁻ᵀ (score − ∇ log|det|) and r = (s g')⁻¹ times its argument for the many,
+
+            v_u = (I − B)ᵀ r / unit,  v_few = L⁻ᵀ (its argument for the few − ∂/∂t rᵀ(s(t) (c(t) + g) + B(t) u)),
+
+        c + g and u held: the recursion is not solved a second time.
+        """
+        x, logdet, *rest = self._forward(z)
+        with torch.no_grad():
+            moved, sine, log_slope, log_scale, slope, own = (part.detach() for part in rest)
+            few, graph = len(self.graph.few), self.graph
+            t, noise = z[..., :few].detach(), z[..., few:].detach()
+            of_log_slope = self.bent.power * sine / (1 + sine * sine).sqrt() / (1 + noise * noise).sqrt()
+            of_log_slope -= noise / (1 + noise * noise)
+            r = (score[..., few:] - of_log_slope) * (-log_slope - log_scale).exp()
+            of_many = graph.transposed(slope, r) / self.layer.unit
+            of_few = score[..., :few] - self._of_few(t, r, moved, log_scale, slope, own)
+            of_few = solve_triangular(self.layer.tril.mT, of_few, upper=True)
+        return x, logdet, taken(torch.cat([of_few, of_many], -1), graph.back)
+
+    def _of_few(self, t: Tensor, r: Tensor, moved: Tensor, log_scale: Tensor, slope: Tensor, own: Tensor) -> Tensor:
+        """∂/∂t of Σ log s + rᵀ (s (c + g) + B u), by the gradients of c, log s and C."""
+        graph, layer = self.graph, self.layer
+        scaled = r * log_scale.exp()
+        of_slope = taken(scaled, graph.child) * taken(own, graph.parent)  # of C
+        products = taken(r, graph.child) * taken(own, graph.parent)
+        of_log_scale = 1 + scaled * moved
+        of_log_scale = of_log_scale.index_add(-1, graph.child, products * (slope - layer.slope_at_0))
+        of_log_scale = of_log_scale * (1 - (log_scale / LOG_SCALE).square())
+        of_near = RATE * (scaled @ layer.shift.mT + of_slope @ layer.slope.mT)
+        of_far = RATE * of_log_scale @ layer.log_scale.mT
+        with torch.enable_grad():
+            held = t.requires_grad_()
+            return pulled_back(layer.features(held), (of_near, of_far), held)[0]
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        t = solve_triangular(self.layer.tril, x.index_select(-1, self.graph.few) - self.layer.loc, upper=False)
+        t = solve_triangular(self.layer.tril, taken(x, self.graph.few) - self.layer.loc, upper=False)
         shift, log_scale, slope = self._given(t)
-        u = (x.index_select(-1, self.graph.many) - self.layer.unit_loc) / self.layer.unit
+        u = (taken(x, self.graph.many) - self.layer.unit_loc) / self.layer.unit
         bent = (self.graph.residual(slope, u) - self.layer.shift_at_0) * (-log_scale).exp() - shift
         noise, logdet = self.bent.inverse_and_logdet(bent)
         return torch.cat([t, noise], -1), logdet - log_scale.sum(-1) - self._constant()
@@ -319,7 +305,7 @@ class StructuredLayer(Layer):
         scale = bounded(RATE * far @ self.log_scale, LOG_SCALE).exp()
         for own, at_0, value, unit in (
             (self.shift, self.shift_at_0, shift, scale),
-            (self.slope, self.slope_at_0, slope, scale.index_select(-1, self.graph.child)),
+            (self.slope, self.slope_at_0, slope, taken(scale, self.graph.child)),
         ):
             if value.shape[-1]:
                 with_0 = torch.cat([phi.expand(value.shape[-1], -1, -1), 1 / unit.mT[..., None]], -1)

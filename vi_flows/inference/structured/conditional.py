@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...flows.structured import Graph
+from ...flows.recursion import Graph
 from ...running import late
 from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad

@@ -67,15 +67,16 @@ def split(target: Target, points: Tensor) -> Split | None:
     of = pattern(found)
     usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
     unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
-    moved = _influences(target, seen, found, of)
-    first = _most(moved, torch.arange(target.dim))
+    every = torch.arange(target.dim)
+    moved = _influences(target, seen, found, of, every)
+    first = _most(moved, every)
     inside = Conditional(target, of, first, unit) if len(first) else None
     if inside is None or len(inside.graph.child) > MOST_ENTRIES:
         return None
     eta = torch.stack(seen)[:, first]
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
     found, seen = curvatures(target, best)
-    few = _most(_influences(target, seen, found, of), first) if found else first
+    few = _most(_influences(target, seen, found, of, first), first) if found else first
     if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
         return None
     few = few if len(few) else moved.argmax()[None]
@@ -95,9 +96,10 @@ def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tenso
     return found, seen
 
 
-def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor) -> Tensor:
+def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor, among: Tensor) -> Tensor:
+    """(dim,), 0 for all but some indices."""
     step = torch.full_like(points[0], MOVE)
-    each = [influence(target, x, curved, of, step) for x, curved in zip(points, found, strict=True)]
+    each = [influence(target, x, curved, of, step, among) for x, curved in zip(points, found, strict=True)]
     return torch.stack(each).mean(0)
 
 
