@@ -11,6 +11,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..errors import first_line
+
 SPLITS = ("train", "valid", "test")
 LABELS = ("label", "target", "class")  # in names of arrays that hold no pixels; so are y, y_train, ...
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -123,7 +125,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a damaged header makes NumPy raise almost anything
-        reason = " ".join(f"{error}".split()).rstrip(".") or type(error).__name__
+        reason = first_line(error, kind=False).rstrip(".")
         if "allow_pickle" in reason:
             refuse("numbers", f"{path}, which holds Python objects", "these are never unpickled: save uint8 or float32")
         refuse("a whole file", f"{path}, which cannot be read ({reason})", "the file may be damaged: copy it again")
