@@ -77,5 +77,21 @@ after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threa
 assert before == after, (before, after)
 assert not {"arviz", "matplotlib", "pandas", "xarray"} & set(sys.modules), sorted(sys.modules)
 """
+    runs(code)
+
+
+def test_report_and_vae_are_reached_from_the_root_when_they_are_named():
+    code = """
+import sys
+import vi_flows as vf
+assert not {"arviz", "matplotlib", "jinja2", "vi_flows.vae", "vi_flows.report"} & set(sys.modules), sorted(sys.modules)
+assert {"report", "vae", "fit"} <= set(dir(vf)) and not hasattr(vf, "no_such_name")
+assert vf.vae.VAE.__module__ == "vi_flows.vae.model" and "matplotlib" not in sys.modules
+assert vf.report.summary.__module__ == "vi_flows.report.table" and "matplotlib" in sys.modules
+"""
+    runs(code)
+
+
+def runs(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,10 @@
 """vi_flows: variational inference and Bayesian sampling with normalizing flows, and a verdict on every fit."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import testing
 from .flows import bases, recipes
 from .flows.distribution import Flow, FlowDistribution, NotConverged
@@ -12,6 +17,10 @@ from .inference.posterior import Posterior
 from .inference.training import DivergedError
 from .inference.weights import log_weights
 from .targets import Energy, LogDensity, PyroModel, Target, catalogue
+
+if TYPE_CHECKING:
+    from . import report as report
+    from . import vae as vae
 
 __all__ = [
     "AutoFlow",
@@ -36,3 +45,15 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+LAZY = ("report", "vae")  # imported when they are first named: report brings matplotlib along
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})
