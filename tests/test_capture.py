@@ -2,8 +2,11 @@
 
 import copy
 import math
+import operator
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -18,8 +21,9 @@ from vi_flows.inference.train.objectives import elbo
 from vi_flows.inference.train.step import Flat, Gradient, Step
 from vi_flows.targets import PyroModel
 from vi_flows.targets.capture import WAIT, Captured
-from vi_flows.targets.recording import NotRecordedError, Program, Recorder
+from vi_flows.targets.recording import METHODS, QUICK, NotRecordedError, Program, Recorder
 
+PAGE = Path(__file__).parent.parent / "docs" / "recorder.md"
 VALIDATES = "module"  # its distributions are made outside the model, so they validate, which reads values
 
 
@@ -241,6 +245,33 @@ def test_nothing_is_computed_twice_or_for_nothing():
     program, x = Program(fn, torch.ones(2)), torch.tensor([0.3, 0.4])
     assert torch.equal(program(x)[0], fn(x)[0])
     assert program.source.count(" = f") == 3  # sin, mul, add
+
+
+def test_the_worked_example_of_the_page_on_the_recorder():
+    code, printed = re.findall(r"```(?:python)?\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(code, names)
+    x, scale = torch.randn(4, 3), names["scale"]
+    program = Program(names["log_p"], x)
+    assert program.source == printed.strip() and program.operations == 5
+    assert torch.allclose(program(x)[0], dist.Normal(0.0, scale).log_prob(x).sum(-1) + 1.5 * math.log(2 * math.pi))
+    space = program.run.__globals__
+    assert [space[f] for f in ("f1", "f2", "f4", "f6", "f8")] == [torch.div, torch.pow, torch.sum, torch.mul, torch.sub]
+    assert (space["c3"], space["c5"], float(space["c7"])) == (torch.float32, -0.5, float(scale.log().sum()))
+    with Recorder((x,)) as recorder:
+        names["log_p"](x)
+    dispatched = re.findall(r"^\| `(aten\.\S+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [str(o.op) for o in recorder.operations] == dispatched
+
+
+@pytest.mark.parametrize("name", re.findall(r"^\| `torch\.(\S+)`", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+def test_what_is_private_in_torch_is_still_there(name):
+    operator.attrgetter(name)(torch)
+
+
+def test_quick_names_are_operations():
+    assert all(hasattr(torch, name) and hasattr(torch.ops.aten, name) for name in QUICK)
+    assert all(hasattr(torch.Tensor, name) and hasattr(torch.ops.aten, name) for name in METHODS)
 
 
 def test_a_recorder_sees_operations_only_while_it_is_active():

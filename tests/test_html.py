@@ -19,6 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import vi_flows as vf
 from vi_flows.report import html
+from vi_flows.report.parts import TEMPLATES
 
 QUICK = {"progress": False, "correct": False, "steps": 40, "particles": 32, "num_draws": 500}
 Y = torch.tensor([1.0, 2.0, 6.0])
@@ -208,7 +209,8 @@ def test_modes_of_many_quantities_stand_beside_one_another(posteriors):
     many = posterior.modes.pick([0] * 20)
     for i, loc in enumerate(many.loc):
         loc += i
-    (rows,) = Page(html._modes(dataclasses.replace(posterior, modes=many))).tables.values()
+    _, *rows = html._modes(dataclasses.replace(posterior, modes=many))
+    rows = [rows[0], *rows[1]]
     best = posterior.target.log_prob(many.loc).argsort(descending=True)[: html.MODES]
     assert [int(head.split(":")[0]) for head in rows[0][1:]] == best.tolist()
     assert rows[2][0] == NASTY and len(rows) == 2 + posterior.dim
@@ -250,13 +252,35 @@ def test_names_are_escaped_and_many_quantities_fit(posteriors, pages):
     assert NASTY in [row[0] for row in page.table("Weighted draws: mean")]
     assert posteriors["many"].dim == 36 and "24 of 36 quantities" in page.text()
     assert sum(image["alt"].startswith("Density of") for image in page.all("img")) == 24
-    assert "<script" not in pages["many"] and "&lt;b&gt;&amp;a$x$&quot;" in pages["many"]
+    assert "<script" not in pages["many"] and "&lt;b&gt;&amp;a$x$&#34;" in pages["many"]
 
 
-def test_long_tables_are_cut_and_say_so(posteriors, monkeypatch):
-    monkeypatch.setattr(html, "ROWS", 10)
-    page = Page(html._summary(posteriors["many"]))
-    assert len(page.table("Weighted draws: mean")) == 11 and "The first 10 of 36 rows" in page.text()
+def test_names_of_functions_and_settings_do_not_run(posteriors):
+    script = "<script>alert('x')</script>"
+    changed = dataclasses.replace(
+        posteriors["model"],
+        notes=[script],
+        flow_description=script,
+        settings=posteriors["model"].settings | {script: script},
+        timing={script: 1.0},
+    )
+    text = html.page(changed)
+    page = Page(text)
+    assert "<script" not in text and not page.all("script")
+    assert page.text().count(script) == 6  # the number, the flow, the note, the stage, the setting and its value
+
+
+def test_long_tables_are_cut_and_say_so():
+    elements = TEMPLATES.get_template("elements.html.j2").module
+    for count, said in ((500, False), (501, True)):
+        page = Page(elements.table("a table", ("name", "number"), [(f"row {i}", str(i)) for i in range(count)]))
+        assert len(page.table("a table")) == 501 and ("The first 500 of 501 rows" in page.text()) == said
+
+
+@pytest.mark.parametrize("template", TEMPLATES.list_templates())
+def test_all_that_templates_are_given_is_escaped(template):
+    assert TEMPLATES.get_template(template).environment.autoescape is True
+    assert not re.search(r"\|\s*safe|autoescape", TEMPLATES.loader.get_source(TEMPLATES, template)[0])
 
 
 def test_its_code_makes_the_same_posterior(posteriors, pages):

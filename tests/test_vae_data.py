@@ -139,18 +139,12 @@ def test_the_folder_of_mnist(tmp_path):
     assert np.array_equal(images.test, GREY[48:].reshape(12, 24))
 
 
-def test_digits():
-    pytest.importorskip("sklearn")
+def test_digits_come_with_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     images = load("digits")
     assert (images.name, images.shape, images.levels) == ("digits", (1, 8, 8), 256)
     assert [len(rows) for rows in (images.train, images.valid, images.test)] == [1439, 179, 179]
     assert len(images.train.unique()) == 17 and images.train.max() == 255
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    refused("digits", "--data: expected scikit-learn for digits, got .*; pip install scikit-learn")
 
 
 def test_threshold(tmp_path):

@@ -481,7 +481,10 @@ def test_page_without_the_parts_that_were_not_asked_for(tmp_path):
     vae = build(Architecture((3, 2, 2), 1, likelihood="logistic", network_options={"hidden": (8,)}))
     x = torch.randint(0, 256, (5, 12)) / 255
     found = evaluate(vae, x, draws=2, khat_rows=0, refine_rows=0)
-    text = " ".join(Page(write_page(tmp_path / "a.html", vae, (3, 2, 2), x, found, [], {}).read_text("utf-8")).text)
+    settings = {"source": "<script>alert('x')</script>.npz"}
+    page = Page(write_page(tmp_path / "a.html", vae, (3, 2, 2), x, found, [], settings).read_text("utf-8"))
+    text = " ".join(page.text)
+    assert settings["source"] in page.text and "script" not in page.tags
     assert "Not judged." in text and "No epochs were recorded." in text and "amortisation" not in text
     assert f"{found.bits.value:.3f}" in text
 

@@ -1,5 +1,10 @@
 """vi_flows: variational inference and Bayesian sampling with normalizing flows, and a verdict on every fit."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import testing
 from .errors import DivergedError
 from .fitting.diagnose import diagnose
@@ -12,6 +17,10 @@ from .inference.estimate.weights import log_weights
 from .inference.judge.check import Verdict
 from .targets import Energy, LogDensity, PyroModel, Target, catalogue
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import report as report
+    from . import vae as vae
 
 __all__ = [
     "AutoFlow",
@@ -35,3 +44,15 @@ __all__ = [
     "recipes",
     "testing",
 ]
+
+LAZY = ("report", "vae")  # imported when they are first named: report brings matplotlib along
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from ..vae.distributed import LostWorker
 from . import demo as eight_schools
 from . import vae
 from .inputs import known_densities, loaded, read_data, to_density, to_model
+from .options import Fitting, Run, takes_records
 from .output import as_dict, draw, prepare_folder, prepare_picture, show, to_json, write
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -31,28 +33,10 @@ app = typer.Typer(
 
 app.add_typer(vae.app, name="vae")
 
-FlowName = Annotated[str, typer.Option("--flow", metavar="NAME", help="auto, or: " + ", ".join(vf.recipes.__all__))]
-Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="Write posterior, summary, draws, picture, report, result here."),
-]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE.png", help="Write a picture of the fit (or .pdf, .svg).")
-]
-Steps = Annotated[int | None, typer.Option("--steps", help="At most so many training steps.")]
-MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Time for all stages, about; none: no limit.")]
-NumDraws = Annotated[int, typer.Option("--num-draws", help="Draws of the flow in each of five judgements of k̂.")]
 Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
-Threads = Annotated[int, typer.Option("--threads", min=1, help="Of torch; more than 1 pays for large data only.")]
 Rehearse = Annotated[
     int, typer.Option("--rehearse", metavar="K", help="Draw K data sets from the fit and refit them, to see it err.")
 ]
-Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the training step: a minute that pays in long trainings.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,34 +96,27 @@ def _options(
 
 
 @app.command()
+@takes_records
 def fit(
     model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Pyro model.")],
+    fitting: Fitting,
+    run: Run,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="FILE.json", help="A JSON object of the model's arguments.")
     ] = None,
-    flow: FlowName = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    plot: Plot = None,
-    steps: Steps = None,
-    max_seconds: MaxSeconds = None,
-    num_draws: NumDraws = 10_000,
     draws: Draws = None,
-    threads: Threads = 1,
     rehearse: Rehearse = 0,
-    compile_: Compile = False,
-    as_json: AsJson = False,
-    no_progress: NoProgress = False,
 ) -> None:
     """Fit a flow to the posterior of a Pyro model."""
-    options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
-    options |= {"compile": compile_, "rehearse": rehearse}
     with loaded(model) as function:
-        _run(to_model(function, read_data(data)), {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
+        _run(to_model(function, read_data(data)), run, draws, rehearse=rehearse, **vars(fitting))
 
 
 @app.command()
+@takes_records
 def sample(
+    fitting: Fitting,
+    run: Run,
     density: Annotated[
         str,
         typer.Argument(metavar="FILE.py:FUNCTION|NAME", help="A log density (N, D) -> (N,), or a known one's name."),
@@ -150,78 +127,50 @@ def sample(
         Path | None, typer.Option("--data", metavar="DIR", help="Where the data file of credit or ionosphere is.")
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show the known densities by name, and stop.")] = False,
-    flow: FlowName = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    plot: Plot = None,
-    steps: Steps = None,
-    max_seconds: MaxSeconds = None,
-    num_draws: NumDraws = 10_000,
     draws: Draws = None,
-    threads: Threads = 1,
-    compile_: Compile = False,
-    as_json: AsJson = False,
-    no_progress: NoProgress = False,
 ) -> None:
     """Sample an unnormalised density or energy, your own or a known one of the literature."""
     if listed:
         print(known_densities())
         return
-    options = {"flow": flow, "steps": steps, "max_seconds": max_seconds, "num_draws": num_draws, "threads": threads}
-    options["compile"] = compile_
     with to_density(density, dim, energy, data) as target:
-        _run(target, {"seed": seed, **options}, out, plot, draws, as_json, no_progress)
+        _run(target, run, draws, **vars(fitting))
 
 
 @app.command()
-def demo(
-    out: Out = None,
-    plot: Plot = None,
-    seed: Seed = 0,
-    steps: Steps = None,
-    as_json: AsJson = False,
-    no_progress: NoProgress = False,
-) -> None:
+@takes_records
+def demo(run: Run) -> None:
     """Fit eight schools, a small hierarchical model with real data; a picture goes to demo.png or to DIR."""
-    if not as_json:
+    if not run.as_json:
         print(eight_schools.TITLE)
-    target = vf.PyroModel(eight_schools.model, *eight_schools.data())
-    if plot is None and out is None:
-        plot = Path("demo.png")
-    _run(target, {"seed": seed, "steps": steps}, out, plot, None, as_json, no_progress)
+    if run.plot is None and run.out is None:
+        run = replace(run, plot=Path("demo.png"))
+    _run(vf.PyroModel(eight_schools.model, *eight_schools.data()), run)
 
 
-def _run(
-    target: vf.Target,
-    options: dict[str, Any],
-    out: Path | None,
-    plot: Path | None,
-    draws: int | None,
-    as_json: bool,
-    no_progress: bool,
-) -> None:
+def _run(target: vf.Target, run: Run, draws: int | None = None, **options: Any) -> None:
     """Fit, write the files that were asked for, and print the result."""
-    if draws is not None and (draws < 1 or out is None):
+    if draws is not None and (draws < 1 or run.out is None):
         raise ValueError(
-            f"--draws: expected a positive number and --out, got {draws} and {out}; DIR/draws.npz has them"
+            f"--draws: expected a positive number and --out, got {draws} and {run.out}; DIR/draws.npz has them"
         )
-    if out is not None:
-        prepare_folder(out)
-    if plot is not None:
-        prepare_picture(plot)
-    given = {name: value for name, value in options.items() if value is not None}
-    posterior = vf.fit(target, progress=not no_progress, **given)
+    if run.out is not None:
+        prepare_folder(run.out)
+    if run.plot is not None:
+        prepare_picture(run.plot)
+    given = {name: value for name, value in {"steps": run.steps, **options}.items() if value is not None}
+    posterior = vf.fit(target, seed=run.seed, progress=not run.no_progress, **given)
     summary = posterior.summary()
-    files = [draw(posterior, plot)] if plot is not None else []
-    if out is not None:
-        files = write(posterior, summary, out, draws or DRAWS, plot)
-    if as_json:
+    files = [draw(posterior, run.plot)] if run.plot is not None else []
+    if run.out is not None:
+        files = write(posterior, summary, run.out, draws or DRAWS, run.plot)
+    if run.as_json:
         print(to_json(as_dict(posterior, summary, files)))
         return
     console = Console(highlight=False)
     show(posterior, summary, console)
-    if out is not None:
-        names = [path.name for path in files if path.parent == out]
-        console.print(f"written to {out}: {', '.join(names)}", soft_wrap=True)
-    if plot is not None:
-        console.print(f"picture: {plot}", soft_wrap=True)
+    if run.out is not None:
+        names = [path.name for path in files if path.parent == run.out]
+        console.print(f"written to {run.out}: {', '.join(names)}", soft_wrap=True)
+    if run.plot is not None:
+        console.print(f"picture: {run.plot}", soft_wrap=True)

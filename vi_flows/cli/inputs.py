@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import vi_flows as vf
 
+from ..errors import first_line
+
 LISTED = 8  # names shown of those that a file defines
 
 
@@ -52,14 +54,10 @@ def _load_module(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(
-            f"target: expected {path} to load, got {_one_line(error)}{_line_in(path, error)}; "
+            f"target: expected {path} to load, got {first_line(error)}{_line_in(path, error)}; "
             "run it with python to see more"
         ) from error
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _line_in(path: Path, error: BaseException) -> str:

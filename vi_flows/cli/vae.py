@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from ..vae.model import POSTERIORS, PRIORS, Architecture, build
 from ..vae.networks import NETWORKS
 from ..vae.objectives import OBJECTIVES
 from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, Options, State, begin, train
+from .options import AsJson, NoProgress, Seed, takes_records
 from .output import prepare_folder, to_json
 
 LIKELIHOOD_OF = {2: "bernoulli", 256: "categorical", None: "gaussian"}  # of data with so many levels
@@ -37,64 +38,109 @@ EVALUATION, PAGE, SAMPLES = "evaluation.json", "report.html", "samples.png"
 app = typer.Typer(help="Train a VAE whose posterior is a flow, evaluate it, draw from it.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What vae train wrote.")]
-Seed = Annotated[int, typer.Option("--seed", help="The result depends on it alone.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch (all cores).")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (a GPU if there is one).")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar (it is on standard error).")]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on."""
+
+    data: Annotated[str, typer.Option(metavar="PATH|digits", help=".npz, .npy, IDX files, or digits.")] = "digits"
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="The array of an .npz with others.")] = None
+    shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="Of an image, where rows do not say.")] = None
+    binarise: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(BINARISE) + " (digits: dynamic)")] = (
+        None
+    )
+    dequantise: Annotated[bool, typer.Option("--dequantise", help="Add uniform noise to bytes.")] = False
+
+    def keywords(self, seed: int) -> dict[str, Any]:
+        """For `load`, and for JSON."""
+        binarise = self.binarise or ("dynamic" if self.data == "digits" else "none")
+        shape = _shape(self.shape)
+        return {"binarise": binarise, "dequantise": self.dequantise, "seed": seed, "key": self.key, "shape": shape}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to train."""
+
+    posterior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(POSTERIORS))] = "sylvester"
+    latent: Annotated[int, typer.Option(help="Size of z.")] = 64
+    network: Annotated[str, typer.Option(metavar="NAME", help=", ".join(NETWORKS))] = "mlp"
+    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS) + " (by data)")] = None
+    layers: Annotated[int | None, typer.Option(help="Of the flow (4; spline_autoregressive 2).")] = None
+    prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIORS))] = "normal"
+
+    def architecture(self, images: Images) -> Architecture:
+        return Architecture(
+            shape=images.shape,
+            latent=self.latent,
+            network=self.network,
+            likelihood=self.likelihood or LIKELIHOOD_OF[images.levels],
+            posterior=self.posterior,
+            prior=self.prior,
+            centre=images.centre,
+            spread=images.spread,
+            posterior_options={} if self.layers is None else {"layers": self.layers},
+        )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train, by the names of training.Options; None stands for what the help says."""
+
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (100).")] = None
+    batch: Annotated[int, typer.Option(help="Rows in a step.")] = Options.batch
+    seed: Seed = 0
+    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = Options.objective
+    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = Options.draws
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = Options.optimizer
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = Options.lr
+    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = Options.schedule
+    warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (half of all, at most 100).")] = None
+    flow_start: Annotated[int | None, typer.Option(help="Epochs of a diagonal q (those of --warm-up).")] = None
+    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = Options.beta
+    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = Options.free_bits
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = Options.clip
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = (
+        Options.patience
+    )
+    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = Options.valid_draws
+    precision: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRECISIONS) + " (bfloat16 on a GPU)")] = (
+        Options.precision
+    )
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = Options.compile
+
+    def options(self) -> Options:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        # without a warm-up, units of z are lost at once
+        return Options(**{"warm_up": min((self.epochs or Options.epochs) // 2, 100), **given})
 
 
 @app.command("train")
+@takes_records
 def train_command(
     context: typer.Context,
-    data: Annotated[str, typer.Option(metavar="PATH|digits", help=".npz, .npy, IDX files, or digits.")] = "digits",
-    key: Annotated[str | None, typer.Option(metavar="NAME", help="The array of an .npz with others.")] = None,
-    shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="Of an image, where rows do not say.")] = None,
-    posterior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(POSTERIORS))] = "sylvester",
-    latent: Annotated[int, typer.Option(help="Size of z.")] = 64,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (100).")] = None,
-    batch: Annotated[int, typer.Option(help="Rows in a step.")] = 100,
-    seed: Seed = 0,
+    data: DataOptions,
+    model: ModelOptions,
+    training: TrainingOptions,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, with settings and history, go here.")] = Path(
         "vae"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from DIR; other options are then DIR's.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a DIR that has a run.")] = False,
-    network: Annotated[str, typer.Option(metavar="NAME", help=", ".join(NETWORKS))] = "mlp",
-    likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS) + " (by data)")] = None,
-    layers: Annotated[int | None, typer.Option(help="Of the flow (4; spline_autoregressive 2).")] = None,
-    prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIORS))] = "normal",
-    binarise: Annotated[
-        str | None, typer.Option(metavar="NAME", help=", ".join(BINARISE) + " (digits: dynamic)")
-    ] = None,
-    dequantise: Annotated[bool, typer.Option("--dequantise", help="Add uniform noise to bytes.")] = False,
-    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = "elbo",
-    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = 1,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = "adam",
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = "constant",
-    warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (half of all, at most 100).")] = None,
-    flow_start: Annotated[int | None, typer.Option(help="Epochs of a diagonal q (those of --warm-up).")] = None,
-    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = 1.0,
-    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = 0.0,
-    patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = 0,
-    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = 10,
-    precision: Annotated[
-        str, typer.Option(metavar="NAME", help=", ".join(PRECISIONS) + " (bfloat16 on a GPU)")
-    ] = "full",
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = False,
     threads: Threads = None,
     device: Device = None,
     no_progress: NoProgress = False,
 ) -> None:
     """Train; the last two states and the best are kept in DIR, and --resume goes on from there."""
-    given = {name.rstrip("_"): value for name, value in context.params.items()}
     with workers() as processes:
         if resume:
             _refuse_others(context)
-            state, run, images = _resumed(out, epochs)
+            state, run, images = _resumed(out, training.epochs)
         else:
-            state, run, images = _begun(given, out, overwrite)
+            state, run, images = _begun(data, model, training.options(), threads, out, overwrite)
         _move(state, device)
         with torch_threads(threads or run.data["threads"]):  # another number would round otherwise
             finished = _trained(state, run, images, out, not no_progress, processes)
@@ -113,7 +159,7 @@ def evaluate_command(
     seed: Seed = 0,
     threads: Threads = None,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> None:
     """The test likelihood with its error, what the posterior is worth, and a page of pictures."""
@@ -162,38 +208,25 @@ def sample_command(
     print(path)
 
 
-def _begun(given: dict[str, Any], out: Path, overwrite: bool) -> tuple[State, Run, Images]:
-    """The state of a new run, from the command's options by name."""
+def _begun(
+    data: DataOptions, model: ModelOptions, options: Options, threads: int | None, out: Path, overwrite: bool
+) -> tuple[State, Run, Images]:
+    """The state of a new run."""
     if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):
         raise ValueError(f"--out: expected a folder without a run, got {out}; add --resume or --overwrite")
-    if given["warm_up"] is None:  # without, units of z are lost at once
-        given["warm_up"] = min((given["epochs"] or Options.epochs) // 2, 100)
-    options = Options(**{f.name: given[f.name] for f in dataclasses.fields(Options) if given.get(f.name) is not None})
-    binarise = given["binarise"] or ("dynamic" if given["data"] == "digits" else "none")
-    asked = {"binarise": binarise, "dequantise": given["dequantise"], "seed": options.seed}
-    asked |= {"key": given["key"], "shape": _shape(given["shape"])}
-    images = load(given["data"], **asked)
-    architecture = Architecture(
-        shape=images.shape,
-        latent=given["latent"],
-        network=given["network"],
-        likelihood=given["likelihood"] or LIKELIHOOD_OF[images.levels],
-        posterior=given["posterior"],
-        prior=given["prior"],
-        centre=images.centre,
-        spread=images.spread,
-        posterior_options={} if given["layers"] is None else {"layers": given["layers"]},
-    )
+    keywords = data.keywords(options.seed)
+    images = load(data.data, **keywords)
+    architecture = model.architecture(images)
     torch.manual_seed(options.seed)
     vae = build(architecture)
     for x in images.all_values():
         vae.likelihood.check(x, "--data")
-    data = {"source": given["data"], "options": asked, "fingerprint": _fingerprint(images)}
-    data["threads"] = given["threads"] or torch.get_num_threads()
+    source = {"source": data.data, "options": keywords, "fingerprint": _fingerprint(images)}
+    source["threads"] = threads or torch.get_num_threads()
     prepare_folder(out)
     if overwrite:
         checkpoint.clear(out)
-    return begin(vae, options), Run(architecture, options, data), images
+    return begin(vae, options), Run(architecture, options, source), images
 
 
 def _shape(given: str | None) -> tuple[int, ...] | None:
@@ -206,7 +239,7 @@ def _shape(given: str | None) -> tuple[int, ...] | None:
 def _resumed(out: Path, epochs: int | None) -> tuple[State, Run, Images]:
     state, run = checkpoint.resume(_existing(out))
     if epochs is not None:
-        run = dataclasses.replace(run, options=dataclasses.replace(run.options, epochs=epochs))
+        run = replace(run, options=replace(run.options, epochs=epochs))
     images = load(run.data["source"], **run.data["options"])
     if _fingerprint(images) != run.data["fingerprint"]:
         raise ValueError(f"--data: expected what {out} was trained on, got other values; put them back, or --overwrite")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..errors import first_line
 from ..flows.bases import Base
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
@@ -25,7 +26,7 @@ from ..inference.estimate.evaluate import BLOCK, in_blocks
 from ..inference.locate.gaussian import Kind, from_covariance
 from ..inference.scoring import as_flow
 from ..targets import PyroModel, Target
-from ..targets.pyro_run import ModelRun, base_of, first_line, is_plate
+from ..targets.pyro_run import ModelRun, base_of, is_plate
 from ..targets.pyro_sites import Site
 from .auto_flow import AutoFlow, sites_of
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,13 @@ from ..inference.judge.fitted import Fitted, fixed
 from ..inference.locate.gaussian import Kind
 from ..inference.options import Options
 from ..targets import Energy, LogDensity, PyroModel, Target
-from . import markup, panels
+from . import panels
 from .draws import constraint
-from .markup import bullets, paragraph, section, table
 from .panels import Quantities
-from .parts import SMALL, SUFFIXES, WIDE, drawn, versions, written
+from .parts import SMALL, SUFFIXES, WIDE, Image, drawn, render, written
 from .plots import FEW_PAIRS, Picture
 from .table import summary
 
-ROWS = 500  # of a table
 MARGINALS = 24
 MODES = 8  # beside one another
 CORRECTIONS = {  # methods of a posterior, and their arguments that are recorded
@@ -49,29 +46,33 @@ def write(posterior: Fitted, path: str | Path) -> Path:
 
 def page(posterior: Fitted) -> str:
     """The posterior as an HTML document without scripts and outside resources."""
-    chosen = panels.quantities(posterior, None)
-    sections = [
-        section("Checks", _checks(posterior)),
-        section("Summary", _summary(posterior)),
-        section("Training", _trace(posterior)),
-        section("Importance weights", _weights(posterior)),
-        section("Marginals", _marginals(chosen)),
-        section("Pairs", _pairs(chosen)) if len(chosen.names) > 1 else "",
-        section("Density", _density(posterior)) if not panels.no_density(posterior) else "",
-        section("Modes", _modes(posterior)),
-        section("Rehearsal", bullets(posterior.rehearsal.sentences)) if posterior.rehearsal else "",
-        section("Data", _data(posterior)),
-        section("How it was made", *_making(posterior)),
-    ]
-    return markup.document(f"{posterior.verdict.status}: a fit by vi_flows", _header(posterior), filter(None, sections))
+    chosen, seconds = panels.quantities(posterior, None), sum(posterior.timing.values())
+    return render(
+        "fit.html.j2",
+        posterior=posterior,
+        chosen=chosen,
+        numbers=_numbers(posterior),
+        checks=_checks(posterior),
+        summary=_summary(posterior),
+        trace=_trace(posterior),
+        weights=_weights(posterior),
+        marginals=_marginals(chosen),
+        scatter=_pairs(chosen) if len(chosen.names) > 1 else None,
+        density=None if panels.no_density(posterior) else _density(posterior),
+        modes=_modes(posterior),
+        observed=_observed(posterior),
+        seconds=seconds,
+        stages=[(name, f"{s:.2f}", f"{s / max(seconds, 1e-9):.0%}") for name, s in posterior.timing.items()],
+        code=code(posterior),
+        settings={name: repr(value) for name, value in vars(posterior.settings).items()},
+    )
 
 
-# --- words and tables
+# --- numbers and code
 
 
-def _header(posterior: Fitted) -> str:
-    """The verdict as a headline, its sentences, and the numbers behind it."""
-    lead, *reasons = posterior.verdict.reasons
+def _numbers(posterior: Fitted) -> dict[str, str]:
+    """The numbers behind the verdict, by name."""
     low, high = posterior.khat_interval
     count, zero = len(posterior.flow_draws), int((posterior.log_weights == -math.inf).sum())
     rows = {
@@ -86,46 +87,30 @@ def _header(posterior: Fitted) -> str:
     known = posterior.target.log_z if posterior.target is not None else None
     if known is not None:
         rows["known to be"] = f"{known:.3f} ({posterior.target.how}); error {posterior.log_evidence - known:+.3f}"
-    status = escape(posterior.verdict.status)
-    sentence = f"{lead[:1].upper()}{lead[1:]}."
-    return "\n".join(
-        [
-            "<header>",
-            f'<h1>Verdict: <span style="color: var(--{status})">{status}</span></h1>',
-            f'<p class="lead">{escape(sentence)}</p>',
-            bullets(reasons),
-            markup.pairs("The fit in numbers.", ("number", "value"), rows),
-            "</header>",
-        ]
-    )
+    return rows
 
 
-def _checks(posterior: Fitted) -> str:
-    rows = [
+def _checks(posterior: Fitted) -> list[tuple[str, ...]]:
+    return [
         (c.name, _number(c.statistic), _number(c.bound), "yes" if c.passed else "no", c.sentence)
         for c in posterior.verdict.checks
     ]
-    caption = "The steps of the rule; one is passed where its statistic is below its bound."
-    return table(caption, ("check", "statistic", "bound", "passed", "in words"), rows, words=("in words",))
 
 
-def _summary(posterior: Fitted) -> str:
+def _summary(posterior: Fitted) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows."""
     frame = summary(posterior)
-    rows = [(str(name), *map(_number, row)) for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
-    caption = (
-        "Weighted draws: mean, standard deviation and 5, 50, 95 % points; standard errors of the first two (mcse), "
-        "effective sample size and k̂ of each quantity, below 0.7 where mean and sd can be relied on."
-    )
-    return _first_rows(caption, ("quantity", *frame.columns), rows)
+    rows = [[str(name), *map(_number, row)] for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    return ["quantity", *frame.columns], rows
 
 
-def _modes(posterior: Fitted) -> str:
-    """Where the Gaussians lie that locating saw, the highest first, in named values where the target allows."""
+def _modes(posterior: Fitted) -> tuple[str, list[str], list[list[str]]] | None:
+    """Caption, heads and rows: the Gaussians that locating saw, the highest first, in named values if there are any."""
     modes, constrain = posterior.modes, constraint(posterior)
     if modes is not None:
         modes = modes.pick([i for i, origin in enumerate(modes.origin) if origin.kind is not Kind.ADAPTED])
     if modes is None or not len(modes):
-        return paragraph("None were recorded.")
+        return None
     order, columns = range(len(modes)), {}
     with torch.no_grad():
         names, values = flatten({"x": modes.loc} if constrain is None else constrain(modes.loc))
@@ -141,41 +126,15 @@ def _modes(posterior: Fitted) -> str:
     some = "" if len(shown) == len(modes) else f" The first {len(shown)} of {len(modes)}."
     kind = "in unconstrained coordinates, for the target is not at hand" if constrain is None else "in named values"
     caption = f"Centres of the Gaussians that locating saw, {kind}; the end of a path is where a search stopped.{some}"
-    return _first_rows(caption, heads, rows)
+    return caption, heads, rows
 
 
-def _first_rows(caption: str, heads: Sequence[str], rows: list[Sequence[str]]) -> str:
-    left = paragraph(f"The first {ROWS} of {len(rows)} rows are shown.") if len(rows) > ROWS else ""
-    return table(caption, heads, rows[:ROWS]) + left
-
-
-def _data(posterior: Fitted) -> str:
-    if posterior.target is None:
-        return paragraph("Not at hand: this posterior was loaded without its target.")
-    observed = posterior.target.observed if posterior.target is not None else {}
-    if not observed:
-        return paragraph("None: the target observes no values.")
+def _observed(posterior: Fitted) -> list[tuple[str, ...]]:
     rows = []
-    for name, value in observed.items():
+    for name, value in (posterior.target.observed if posterior.target is not None else {}).items():
         shape = " × ".join(map(str, value.shape)) or "one value"
         rows.append((name, shape, str(value.dtype), *(_number(float(end)) for end in value.aminmax())))
-    return table("Observed values.", ("name", "shape", "type", "least", "greatest"), rows)
-
-
-def _making(posterior: Fitted) -> list[str]:
-    total = sum(posterior.timing.values())
-    stages = [(name, f"{s:.2f}", f"{s / max(total, 1e-9):.0%}") for name, s in posterior.timing.items()]
-    shown = {**vars(posterior.settings), **posterior.settings.options}
-    settings = {name: repr(value) for name, value in shown.items()}
-    return [
-        paragraph(f"Flow: {posterior.flow_description or 'not recorded'}."),
-        bullets(posterior.notes),
-        table(f"Time by stage, {total:.2f} s in all.", ("stage", "seconds", "share"), stages) if stages else "",
-        paragraph("To make it again; with the same inputs and versions, the same numbers:"),
-        markup.code_block(code(posterior)),
-        markup.pairs("Settings that were recorded.", ("setting", "value"), settings) if settings else "",
-        markup.pairs("Versions where this page was written.", ("package", "version"), versions()),
-    ]
+    return rows
 
 
 def code(posterior: Fitted) -> str:
@@ -242,7 +201,7 @@ def _number(value: float) -> str:
 # --- pictures
 
 
-def _trace(posterior: Fitted) -> str:
+def _trace(posterior: Fitted) -> Image:
     steps = len(posterior.trace)
     alt = f"The ELBO in {steps} training steps" if steps else "No training steps"
     alt += f"; judging found an ELBO of {fixed(posterior.elbo)} and a {posterior.evidence_name} of "
@@ -251,25 +210,21 @@ def _trace(posterior: Fitted) -> str:
     return drawn(WIDE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
 
 
-def _weights(posterior: Fitted) -> str:
+def _weights(posterior: Fitted) -> Image:
     alt = f"Shares of the draws above each weight: k̂ {posterior.khat:.2f} for the flow q, "
     alt += f"{smooth(posterior.proposal.log_w)[1]:.2f} for the proposal."
     caption = "Which share of the draws lies above each weight. A tail as flat as the dashed line has k̂ = 0.7."
     return drawn(WIDE, alt, caption, lambda figure: panels.weights(figure.subplots(), posterior))
 
 
-def _marginals(chosen: Quantities) -> str:
+def _marginals(chosen: Quantities) -> list[Image]:
     """One small picture for each quantity, so that a narrow screen shows them below one another."""
     shown, images = chosen.some(MARGINALS), []
     for i, name in enumerate(shown.names):
         alt = f"Density of {name}: weighted draws {_moments(shown.weighted[:, i])}"
         alt += "." if shown.raw is None else f"; draws of q {_moments(shown.raw[:, i])}."
         images.append(drawn(SMALL, alt, name, lambda figure, i=i: panels.marginal(figure.subplots(), shown, i)))
-    some = "" if len(shown.names) == len(chosen.names) else f" {len(shown.names)} of {len(chosen.names)} quantities."
-    kinds = "Blue areas: weighted draws."
-    if shown.raw is not None:
-        kinds += " Orange lines: draws of the flow q as they are. Where they differ, weighting corrects the flow."
-    return f'{paragraph(kinds + some)}\n<div class="several">\n{chr(10).join(images)}\n</div>'
+    return images
 
 
 def _moments(x: np.ndarray) -> str:
@@ -277,7 +232,7 @@ def _moments(x: np.ndarray) -> str:
     return f"mean {x.mean():.3g}, sd {x.std():.3g}" if len(x) else "of no finite value"
 
 
-def _pairs(chosen: Quantities) -> str:
+def _pairs(chosen: Quantities) -> Image:
     names = chosen.some(FEW_PAIRS).names
     caption = "Blue, below the diagonal: weighted draws."
     if chosen.raw is not None:
@@ -307,6 +262,6 @@ def _both(chosen: Quantities) -> Callable[[Picture], None]:
     return draw
 
 
-def _density(posterior: Fitted) -> str:
+def _density(posterior: Fitted) -> Image:
     alt = "Weighted draws over the contours of the target's density in its two unconstrained coordinates."
     return drawn(WIDE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))

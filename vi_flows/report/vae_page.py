@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch import Tensor
 
 from ..running import seeded
 from ..vae.bounds import evaluating
+from ..vae.data import Shape
 from ..vae.evaluation import ACTIVE, LIMIT, Estimate, Evaluation
 from ..vae.model import VAE
-from . import markup
-from .markup import bullets, paragraph, section, table
 from .panels import DARK, LIGHT, TARGET, Q
-from .parts import SUFFIXES, WIDE, drawn, versions, written
+from .parts import SUFFIXES, WIDE, Image, drawn, render, written
 from .plots import Picture
 
 PAIRS, COLUMNS = 20, 10  # images with their reconstructions; in a row
@@ -34,23 +32,31 @@ History = Sequence[Mapping[str, float]]
 def write_page(
     path: str | Path,
     vae: VAE,
-    images_shape: tuple[int, int, int],
+    shape: Shape,
     x: Tensor,
     evaluation: Evaluation,
     history: History,
     settings: Mapping[str, Any],
 ) -> Path:
-    """Write the page of :func:`page` to ``path``, whole or not at all; its folder is made. Returns the path.
+    """Write a VAE as an HTML document without scripts and outside resources, whole or not at all. Returns the path.
 
-    Raises ValueError, in one line, for a path that does not end in .html or cannot be written, and for images of
-    another size.
+    Parameters
+    ----------
+    path: ends in .html; its folder is made. settings: names and values that say how the VAE was made.
+    shape: (C, H, W) of a row. x: rows (N, dim) that it was not trained on, those that were evaluated.
+    history: a record for each epoch: epoch, elbo, reconstruction, kl, valid_elbo, valid_iwae, seconds.
+
+    Raises ValueError, in one line, for another path or one that cannot be written, and for images of another size.
     """
-    with written(path, SUFFIXES, "report.html") as file:
-        file.write(page(vae, images_shape, x, evaluation, history, settings).encode())
+    if x.dim() != 2 or x.shape[1] != math.prod(shape):
+        expected = f"{' × '.join(map(str, shape))} = {math.prod(shape)}"
+        raise ValueError(f"x: expected rows of {expected} values, got {tuple(x.shape)}")
+    with written(path, SUFFIXES, "report.html") as file, evaluating(vae), seeded(evaluation.seed):
+        file.write(_page(vae, shape, x, evaluation, history, settings).encode())
     return Path(path)
 
 
-def write_images(path: str | Path, x: Tensor, shape: tuple[int, int, int]) -> Path:
+def write_images(path: str | Path, x: Tensor, shape: Shape) -> Path:
     """Images x (n, C·H·W) as one picture (.png), ten in a row, or as an array (n, C, H, W) (.npy), whole or not at all.
 
     Raises ValueError, in one line, for a path that ends otherwise or cannot be written.
@@ -64,48 +70,26 @@ def write_images(path: str | Path, x: Tensor, shape: tuple[int, int, int]) -> Pa
     return Path(path)
 
 
-def page(
-    vae: VAE,
-    images_shape: tuple[int, int, int],
-    x: Tensor,
-    evaluation: Evaluation,
-    history: History,
-    settings: Mapping[str, Any],
-) -> str:
-    """A VAE as an HTML document without scripts and outside resources.
-
-    Parameters
-    ----------
-    images_shape: (C, H, W) of a row. x: rows (N, dim) that it was not trained on, those that were evaluated.
-    history: a record for each epoch: epoch, elbo, reconstruction, kl, valid_elbo, valid_iwae, seconds.
-    settings: names and values that say how it was made.
-    """
-    if x.dim() != 2 or x.shape[1] != math.prod(images_shape):
-        expected = " × ".join(map(str, images_shape))
-        raise ValueError(f"x: expected rows of {expected} = {math.prod(images_shape)} values, got {tuple(x.shape)}")
-    with evaluating(vae), seeded(evaluation.seed):
-        x = x[torch.randperm(len(x))].to(vae.posterior.device)
-        sections = [
-            section("Evaluation", _numbers(evaluation)),
-            section("Reconstructions", _reconstructions(vae, images_shape, x[:PAIRS])),
-            section("Samples", _samples(vae, images_shape, x)),
-            section("Latent space", _latent(vae, x[:DOTS], evaluation)),
-            section("Training", _curves(history)),
-            section("Importance weights", _khat(evaluation)),
-            section("How it was made", *_making(history, settings)),
-        ]
-    return markup.document("a VAE by vi_flows", _header(evaluation), sections)
+def _page(vae: VAE, shape: Shape, x: Tensor, evaluation: Evaluation, history: History, settings: Mapping) -> str:
+    x = x[torch.randperm(len(x))].to(vae.posterior.device)
+    return render(
+        "vae.html.j2",
+        evaluation=evaluation,
+        numbers=_numbers(evaluation),
+        reconstructions=_reconstructions(vae, shape, x[:PAIRS]),
+        samples=_samples(vae, shape, x),
+        latent=_latent(vae, x[:DOTS], evaluation),
+        curves=_curves(history),
+        khat=_khat(evaluation),
+        epoch=_epoch(history),
+        settings=settings,
+    )
 
 
-# --- words and tables
+# --- words and numbers
 
 
-def _header(evaluation: Evaluation) -> str:
-    lead, *rest = evaluation.sentences
-    return f'<header>\n<h1>A VAE, evaluated</h1>\n<p class="lead">{escape(lead)}</p>\n{bullets(rest)}</header>'
-
-
-def _numbers(evaluation: Evaluation) -> str:
+def _numbers(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     gap = f"amortisation gap ({evaluation.gap_rows} images, {evaluation.gap_steps} steps)"
     estimates = {
         f"log p(x) by IWAE-{evaluation.draws}, nats": evaluation.iwae,
@@ -116,33 +100,24 @@ def _numbers(evaluation: Evaluation) -> str:
         f"bits per dimension by IWAE-{evaluation.draws}": evaluation.bits,
         "bits per dimension by the ELBO": evaluation.elbo_bits,
     }
-    rows = [(name, f"{e.value:.3f}", _error(e)) for name, e in estimates.items() if e is not None]
-    caption = (
-        f"Means over {evaluation.rows:,} of {evaluation.given:,} images, with standard errors; seed {evaluation.seed}. "
-        "ELBO and IWAE are lower bounds of log p(x)."
-    )
-    return table(caption, ("number", "mean", "standard error"), rows)
+    return [(name, f"{e.value:.3f}", _error(e)) for name, e in estimates.items() if e is not None]
 
 
 def _error(estimate: Estimate) -> str:
     return "–" if math.isnan(estimate.se) else f"{estimate.se:.3f}"
 
 
-def _making(history: History, settings: Mapping[str, Any]) -> list[str]:
+def _epoch(history: History) -> dict[str, str]:
+    """The last epoch's record, in nats per image; {} without one."""
     columns = ("epoch", "elbo", "reconstruction", "kl", "valid_elbo", "valid_iwae", "seconds")
-    last = history[-1:] if history else []
-    rows = [[f"{record[name]:.6g}" if name in record else "–" for name in columns] for record in last]
-    return [
-        table("The last epoch; nats per image.", [name.replace("_", " ") for name in columns], rows) if rows else "",
-        markup.pairs("Settings.", ("setting", "value"), settings) if settings else "",
-        markup.pairs("Versions where this page was written.", ("package", "version"), versions()),
-    ]
+    last = history[-1] if history else {}
+    return {n.replace("_", " "): f"{last[n]:.6g}" if n in last else "–" for n in columns} if last else {}
 
 
 # --- pictures
 
 
-def _reconstructions(vae: VAE, shape: tuple[int, int, int], x: Tensor) -> str:
+def _reconstructions(vae: VAE, shape: Shape, x: Tensor) -> Image:
     z = vae.posterior(vae.encoder(x)).rsample_and_log_prob()[0]
     mean = vae.likelihood.mean(vae.decoder(z))
     rows = [part for pair in zip(x.split(COLUMNS), mean.split(COLUMNS), strict=True) for part in pair]
@@ -150,13 +125,13 @@ def _reconstructions(vae: VAE, shape: tuple[int, int, int], x: Tensor) -> str:
     return _images(rows, shape, x, f"{len(x)} images, each above its reconstruction.", caption)
 
 
-def _samples(vae: VAE, shape: tuple[int, int, int], x: Tensor) -> str:
+def _samples(vae: VAE, shape: Shape, x: Tensor) -> Image:
     samples = vae.sample(SAMPLES)
     caption = "Means of p(x|z) at draws z of the prior; not chosen."
     return _images(samples.split(COLUMNS), shape, x, f"{SAMPLES} images that the model made up.", caption)
 
 
-def _images(rows: Sequence[Tensor], shape: tuple[int, int, int], like: Tensor, alt: str, caption: str) -> str:
+def _images(rows: Sequence[Tensor], shape: Shape, like: Tensor, alt: str, caption: str) -> Image:
     """Rows of images, in the colours of ``like``'s values."""
     picture = _shades(montage([row.cpu().float() for row in rows], shape), like)
     width = WIDE[0]
@@ -179,7 +154,7 @@ def _shades(picture: np.ndarray, like: Tensor) -> np.ndarray:
     return np.clip((picture - low) / max(high - low, 1e-12), 0, 1)
 
 
-def montage(rows: Sequence[Tensor], shape: tuple[int, int, int]) -> np.ndarray:
+def montage(rows: Sequence[Tensor], shape: Shape) -> np.ndarray:
     """Rows of images (n, C·H·W) as one picture (height, width), or (height, width, 3) for three channels; NaN between.
 
     Of two, or of more than three channels the first is shown.
@@ -195,7 +170,7 @@ def montage(rows: Sequence[Tensor], shape: tuple[int, int, int]) -> np.ndarray:
     return picture if colours == 3 else picture[..., 0]
 
 
-def _latent(vae: VAE, x: Tensor, evaluation: Evaluation) -> str:
+def _latent(vae: VAE, x: Tensor, evaluation: Evaluation) -> Image:
     """Posterior means of images in the two units that vary most over them."""
     q = vae.posterior(vae.encoder(x))
     means = sum(q.rsample_and_log_prob()[0] for _ in range(DRAWS)).cpu() / DRAWS
@@ -223,9 +198,9 @@ def _activity(ax: Axes, evaluation: Evaluation) -> None:
     ax.set(xlabel="units, most active first", title="variance of E[z | x]")
 
 
-def _curves(history: History) -> str:
+def _curves(history: History) -> Image | None:
     if not history:
-        return paragraph("No epochs were recorded.")
+        return None
     epoch = [record["epoch"] for record in history]
     names = {"elbo": "training ELBO", "valid_elbo": "validation ELBO", "valid_iwae": "validation IWAE"}
     colours = {"elbo": LIGHT, "valid_elbo": Q, "valid_iwae": TARGET, "reconstruction": DARK, "kl": Q}
@@ -257,10 +232,10 @@ def _curves(history: History) -> str:
     return drawn((WIDE[0] * 1.35, 2.9), alt, caption, draw)
 
 
-def _khat(evaluation: Evaluation) -> str:
+def _khat(evaluation: Evaluation) -> Image | None:
     finite = [value for value in evaluation.khat if math.isfinite(value)]
     if not finite:
-        return paragraph("Not judged.")
+        return None
     above = sum(value > LIMIT for value in evaluation.khat)
 
     def draw(figure: Picture) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pyro_run import NUMERICAL, first_line
+from ..errors import first_line
+from .pyro_run import NUMERICAL
 from .recording import NotRecordedError, Program, TooLargeError, agree, is_recorded
 
 WAIT = 16  # evaluations of one size before it is recorded: about what recording and checking cost
@@ -90,7 +91,7 @@ class Captured:
             self.most = len(x)
             return None
         except Exception as error:  # dispatch modes meet whatever a model is made of
-            self.refused = f"{error}" if isinstance(error, NotRecordedError) else first_line(error)
+            self.refused = first_line(error, kind=not isinstance(error, NotRecordedError))
             return None
         self.batches = [*self.batches[1 - KEPT :], batch]
         return batch

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import first_line
 from .density import LogDensity, check_form
 from .target import Target, is_model
 from .values import BELIEVED, SUNK, as_computed, beside_mass, precision_of, show
@@ -128,9 +129,8 @@ def _evaluate(target: Target, x: Tensor, name: str) -> Tensor:
 def _one_line(error: Exception, x: Tensor, name: str) -> ValueError:
     if isinstance(error, ValueError) and ": expected" in str(error) and "\n" not in str(error):
         return error  # one of this package's own
-    first = (str(error).strip().splitlines() or [""])[0][:200]
     return ValueError(
-        f"{name}: expected values at {x.dtype} x of shape {tuple(x.shape)}, got {type(error).__name__}: {first}; "
+        f"{name}: expected values at {x.dtype} x of shape {tuple(x.shape)}, got {first_line(error)}; "
         "check dim and dtype"
     )
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..errors import first_line
 from .capture import WAIT, Captured
 from .pyro_centring import Centring, Frame
 from .pyro_modes import choose_mode
-from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, first_line, seeded
+from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, seeded
 from .pyro_sites import Site, account, inspect_model
 from .target import Target
 from .values import believed

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .pyro_run import NUMERICAL, Values, first_line
+from ..errors import first_line
+from .pyro_run import NUMERICAL, Values
 
 if TYPE_CHECKING:
     from .pyro_model import PyroModel

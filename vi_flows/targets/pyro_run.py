@@ -215,15 +215,6 @@ def in_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, with its type, cut at 200 characters."""
-    lines = str(error).strip().splitlines() or [""]
-    line = (
-        " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    )  # Pyro puts the cause below "Error while ... at site 'y':"
-    return f"{type(error).__name__}: {line}"[:200]
-
-
 def base_of(fn: Any) -> Any:
     """A distribution without the Independent, Expanded and Masked around it."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (

@@ -10,8 +10,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..errors import first_line
 from .pyro_model import PyroModel
-from .pyro_run import Values, base_of, first_line
+from .pyro_run import Values, base_of
 
 Node = dict[str, Any]
 REPLICATE = "{}__replicate"  # the name of an observed site's second data

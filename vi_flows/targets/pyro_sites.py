@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
+from ..errors import first_line
 from .pyro_centring import centrable, frame_of
 from .pyro_refusals import (
     check_data_support,
@@ -21,7 +22,7 @@ from .pyro_refusals import (
     check_supports,
     support_of,
 )
-from .pyro_run import NUMERICAL, ModelRun, Values, first_line, is_data, is_deterministic, is_factor, is_plate
+from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is_factor, is_plate
 
 Node = dict[str, Any]
 PRIOR_RUNS = 3  # compared with one another: a random structure or support shows as a difference

@@ -3,6 +3,7 @@
 The Python of effect handlers, distributions, vmap, modules and autograd costs more than the arithmetic while tensors
 are small. The operations that one call dispatches are therefore recorded: what does not depend on the inputs becomes a
 constant, what nothing uses is left out, what is computed twice is computed once, and the rest runs as it stands.
+docs/recorder.md has the rule, an example of five operations, and what here is private in torch.
 """
 
 from __future__ import annotations

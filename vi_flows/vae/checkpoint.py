@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic import replacing
+from ..errors import first_line
 from .model import VAE, Architecture, build
 from .training import Options, State, begin
 
@@ -131,10 +132,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get("vi_flows_vae", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:
-        what = " ".join(str(error).split())[:100]
-        raise ValueError(
-            f"checkpoint: expected a whole safetensors file, got {path} ({what}); remove it to use the one before"
-        ) from None
+        reason = f"{path} ({first_line(error, kind=False)}); remove it to use the one before"
+        raise ValueError(f"checkpoint: expected a whole safetensors file, got {reason}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
         raise ValueError(f"checkpoint: expected one of format {FORMAT}, got format {found} in {path}; train it again")

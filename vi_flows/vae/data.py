@@ -97,7 +97,7 @@ def load(
 
     Parameters
     ----------
-    data: "digits", scikit-learn's 1,797 images of 8 × 8, their 17 levels spread over the bytes; or a path:
+    data: "digits", 1,797 images of 8 × 8 that come with the package (:func:`.files.digits`); or a path:
 
         - .npz with arrays train, valid, test; or train, test (a sixth of train is split off for validation); or one
           array, split 80/10/10;

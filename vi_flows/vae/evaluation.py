@@ -128,6 +128,23 @@ class Evaluation:
         return asdict(self) | {"active_units": self.active_units, "sentences": self.sentences}
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How many rows and draws an evaluation takes, by the names of arguments of :func:`evaluate`, checked."""
+
+    draws: int
+    max_rows: int
+    khat_rows: int
+    khat_draws: int
+    refine_rows: int
+    refine_steps: int
+
+    def __post_init__(self) -> None:
+        least = {"draws": 2, "max_rows": 1, "khat_rows": 0, "khat_draws": 100, "refine_rows": 0, "refine_steps": 1}
+        for name, value in vars(self).items():
+            whole(name, value, least[name])
+
+
 def evaluate(
     vae: VAE,
     x: Tensor,
@@ -144,57 +161,46 @@ def evaluate(
     processes: Workers = ALONE,
     progress: bool = False,
 ) -> Evaluation:
-    """Judge a VAE on rows x (N, dim) that it was not trained on.
+    """Judge a VAE on rows x (N, dim) that it was not trained on, in random order: a file may be sorted by class.
 
-    The rows are put in random order first, so that the first ``max_rows`` of a file that is sorted by class stand for
-    all. The result depends on ``seed`` alone (the gap on the number of processes, too); the generators, and each part's
-    train or eval mode, stay as they were.
+    The result depends on ``seed`` alone (the gap on the number of processes, too); the generators, and each part's
+    train or eval mode, stay as they were. Raises ValueError for values that the likelihood does not have, and counts.
 
-    Parameters
-    ----------
-    draws: K, at least 2, of q(z|x) for each row.
-    max_rows: how many rows are used; None: all.
+    draws: K, at least 2, of q(z|x) for each row. max_rows: how many rows are used; None: all.
     khat_rows, khat_draws: images whose weights' tails are judged, 0 for none, and draws for each.
     refine_rows, refine_steps: images whose posterior is refined for the amortisation gap, 0 for none, and Adam's steps.
     dequantised: levels of x = (k + u)/levels under a likelihood that is a density, for bits per dimension.
     chunk: draws that are decoded at once. processes: those that share the rows; each has the result.
     progress: show a bar on standard error.
-
-    Raises
-    ------
-    ValueError for values that the likelihood does not have, and for other counts.
     """
-    for name, value, least in (
-        ("draws", draws, 2),
-        ("max_rows", len(x) if max_rows is None else max_rows, 1),
-        ("khat_rows", khat_rows, 0),
-        ("khat_draws", khat_draws, 100),
-        ("refine_rows", refine_rows, 0),
-        ("refine_steps", refine_steps, 1),
-        ("dequantised", dequantised or 2, 2),
-    ):
-        whole(name, value, least)
+    max_rows = len(x) if max_rows is None else max_rows
+    effort = Effort(draws, max_rows, khat_rows, khat_draws, refine_rows, refine_steps)
+    whole("dequantised", dequantised or 2, 2)
     vae.likelihood.check(x, "x")
-    given, x = len(x), x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:max_rows]]
-    with Progress(progress and processes.first) as bar:
-        over = Pass(vae, chunk, processes, bar)
-        numbers, activity = _bounds(over, x, draws, seed)
-        shapes, unseen = _tails(over, x[:khat_rows], khat_draws, seed + 1)
-        gap = _gap(over, x[:refine_rows], refine_steps, seed + 2) if refine_rows else None
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     levels = 1 if vae.likelihood.levels not in (None, 2) else dequantised
+    with Progress(progress and processes.first) as bar:
+        return _evaluated(Pass(vae, chunk, processes, bar), x[order[:max_rows]], len(x), effort, seed, levels)
+
+
+def _evaluated(over: Pass, x: Tensor, given: int, effort: Effort, seed: int, levels: int | None) -> Evaluation:
+    """The evaluation on rows x of ``given``; bits per dimension where pixels have levels, see :meth:`Estimate.bits`."""
+    refined = x[: effort.refine_rows]
+    numbers, activity = _bounds(over, x, effort.draws, seed)
+    shapes, unseen = _tails(over, x[: effort.khat_rows], effort.khat_draws, seed + 1)
     return Evaluation(
         rows=len(x),
         given=given,
-        draws=draws,
+        draws=effort.draws,
         seed=seed,
         **numbers,
         activity=activity,
-        khat_draws=khat_draws,
+        khat_draws=effort.khat_draws,
         khat=shapes,
         unseen=unseen,
-        gap_rows=len(x[:refine_rows]),
-        gap_steps=refine_steps,
-        gap=gap,
+        gap_rows=len(refined),
+        gap_steps=effort.refine_steps,
+        gap=_gap(over, refined, effort.refine_steps, seed + 2) if len(refined) else None,
         bits=numbers["iwae"].bits(x.shape[1], levels) if levels else None,
         elbo_bits=numbers["elbo"].bits(x.shape[1], levels) if levels else None,
     )

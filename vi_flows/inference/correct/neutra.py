@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import first_line
 from ...targets.pyro_run import settings as pyro_settings
 from ...targets.recording import NotRecordedError, Program, agree
 from ..estimate.evaluate import value_and_grad
@@ -40,7 +41,7 @@ class Potential:
                     raise NotRecordedError("recorded operations differ from those of another evaluation")
             self.program = program
         except Exception as error:  # dispatch modes meet whatever a target is made of
-            self.refused = (f"{error}".strip().splitlines() or [type(error).__name__])[0][:200]
+            self.refused = first_line(error, kind=False)
 
     def directly(self, z: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = value_and_grad(self, z)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...errors import first_line
 from ...flows.distribution import Flow
 from ...running import seconds_of
 from ...targets.recording import NotRecordedError, Program, agree
@@ -124,8 +125,7 @@ class Gradient:
             self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        first = (f"{error}".strip().splitlines() or [""])[0][:200]
-        reason = first if isinstance(error, NotRecordedError) else f"{type(error).__name__}: {first}"
+        reason = first_line(error, kind=not isinstance(error, NotRecordedError))
         if not self.compiled:
             self.refused, self.record = reason, False
             return
