@@ -16,7 +16,8 @@ from .linear import LOG_SCALE_BOUND, bounded
 class Univariate(nn.Module):
     """A family of elementwise bijections: ``count`` raw numbers for each coordinate make one.
 
-    One with parameters of its own, which all coordinates share, is a subclass with its own :meth:`bind`.
+    One with parameters of its own, which all coordinates share, is a subclass with its own :meth:`bind`. Its
+    log-determinants are exact; estimates are for layers of their own.
 
     Parameters
     ----------
