@@ -9,14 +9,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_flows.flows import recipes
 from vi_flows.flows.bases import Mixture, StandardNormal, StudentT
-from vi_flows.flows.coupling import Coupling
+from vi_flows.flows.coupling import Coupling, Split
 from vi_flows.flows.distribution import NotConverged
 from vi_flows.flows.inversion import monotone_root, where_converged
 from vi_flows.flows.linear import LU, FullAffine, LowerTriangular, Permutation
 from vi_flows.flows.lowrank import Planar, TanhRecurrence
+from vi_flows.flows.networks import MLP
 from vi_flows.flows.parameters import Fixed
 from vi_flows.flows.splines import RationalQuadratic
-from vi_flows.flows.univariate import Affine
+from vi_flows.flows.univariate import Affine, affine
 from vi_flows.testing import check_flow
 from vi_flows.testing.flow import check_start
 
@@ -383,7 +384,7 @@ def test_scales_are_bounded():
 
 
 def test_coupling_changes_only_the_masked():
-    layer = perturb(Coupling([True, False, True], recipes.affine(), (8,)), 0.5)
+    layer = perturb(Coupling(Split([True, False, True]), affine(), MLP(1, 2, 2, (8,))), 0.5)
     z = torch.randn(5, 3)
     x, _ = layer().forward_and_logdet(z)
     assert torch.equal(x[:, 1], z[:, 1]) and (x[:, [0, 2]] != z[:, [0, 2]]).all()

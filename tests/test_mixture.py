@@ -26,7 +26,7 @@ def some_mixture(dim=3):
     """Three components with shares .6, .3, .1, of covariances that differ, some ten sds apart."""
     torch.manual_seed(1)
     tril = torch.randn(3, dim, dim).double().tril(-1) / 2 + torch.diag_embed(0.5 + torch.rand(3, dim).double())
-    return Mixture(6 * torch.randn(3, dim).double(), tril, torch.tensor([0.6, 0.3, 0.1])).requires_grad_(False)
+    return Mixture(6 * torch.randn(3, dim).double(), tril, torch.tensor([0.6, 0.3, 0.1]), fixed=True)
 
 
 def test_a_mixture_is_recovered_from_poor_starts():
@@ -91,7 +91,7 @@ def test_whitened():
 def test_a_mode_far_beyond_the_others_is_found(seed):
     """Five modes between −700 and 7000, of sd 300, one of them seven spreads of the others away; a fifth each."""
     loc = torch.tensor([[7000.0, 0.0], [1400.0, 0.0], [-700.0, 0.1], [500.0, 0.4], [100.0, -0.4]]).double()
-    truth = Mixture(loc, torch.tensor([300.0, 0.05])).requires_grad_(False)
+    truth = Mixture(loc, torch.tensor([300.0, 0.05]), fixed=True)
     target = LogDensity(truth.log_prob, 2)
     torch.manual_seed(seed)
     located = locate(target, start_points(target))
@@ -102,8 +102,8 @@ def test_a_mode_far_beyond_the_others_is_found(seed):
 
 def test_a_fit_of_two_modes_is_reliable_and_is_kept_by_files(tmp_path):
     """Two Gaussians at ±6, .7 and .3: the flow itself has both; loaded, it scores as before."""
-    truth = Mixture(torch.tensor([[6.0, 0.0], [-6.0, 0.0]]).double(), 1.0, torch.tensor([0.7, 0.3]))
-    target = LogDensity(truth.requires_grad_(False).log_prob, 2)
+    truth = Mixture(torch.tensor([[6.0, 0.0], [-6.0, 0.0]]).double(), 1.0, torch.tensor([0.7, 0.3]), fixed=True)
+    target = LogDensity(truth.log_prob, 2)
     posterior = vf.fit(target, progress=False)
     assert posterior.verdict.status == "reliable"
     assert "mixture of 2 Gaussians at 2 optima" in posterior.flow_description
@@ -117,7 +117,7 @@ def test_a_fit_of_two_modes_is_reliable_and_is_kept_by_files(tmp_path):
 
 def test_a_gaussian_asked_for_is_one_gaussian():
     """flow="gaussian" has no mixture under it; the proposal sees the other mode."""
-    truth = Mixture(torch.tensor([[6.0], [-6.0]]).double()).requires_grad_(False)
+    truth = Mixture(torch.tensor([[6.0], [-6.0]]).double(), fixed=True)
     posterior = vf.fit(LogDensity(truth.log_prob, 1), flow="gaussian", progress=False)
     assert isinstance(posterior.flow.base, StandardNormal)
     assert posterior.verdict.status == "corrected"

@@ -1,6 +1,8 @@
 """Path gradients by the score's recursion, against the held inverse, against zero, and recorded against eager."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +214,12 @@ def test_a_guides_law_scores_its_draws_along_the_path():
     expected = by_the_inverse(flow, flow.base.noise((6,)))
     assert isinstance(law, PathScored) and torch.allclose(law.log_prob(x), expected)
     assert torch.allclose(gradient(flow, law.log_prob(x)), gradient(flow, expected), rtol=1e-8, atol=1e-8)
+
+
+def test_the_page_on_the_autoregressive_score():
+    """Its example of three coordinates, worked by hand, is what the layer gives; sweeps are whole passes."""
+    page = (Path(__file__).parent.parent / "docs" / "autoregressive_score.md").read_text()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, names)
+    assert names["score"].shape == (3,) and len(names["found"]) == 3

@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import vi_flows as vf
-from vi_flows.flows.autoregressive import Autoregressive
-from vi_flows.flows.coupling import Coupling
-from vi_flows.flows.distribution import Flow
+from vi_flows.flows import MLP, Autoregressive, Coupling, Flow, MaskedMLP, Split
 from vi_flows.flows.splines import rational_quadratic
 
 LAYERS = {
@@ -72,10 +70,12 @@ def plain_flow(family: str, dim: int) -> Flow:
     """The recipe without what it adds to the textbook flow: mixing, the affines after splines and at the end."""
     spline = rational_quadratic(BINS, BOUND)
     if family == "spline":
-        layers = [Coupling(halves(dim, i), spline, HIDDEN) for i in range(LAYERS[family])]
+        splits = [Split(halves(dim, i)) for i in range(LAYERS[family])]
+        layers = [Coupling(s, spline, MLP(s.kept, s.changed, spline.count, HIDDEN)) for s in splits]
     elif family == "spline_autoregressive":
         orders = [range(dim), range(dim - 1, -1, -1)]
-        layers = [Autoregressive(orders[i % 2], spline, HIDDEN) for i in range(LAYERS[family])]
+        conditioners = [MaskedMLP(orders[i % 2], spline.count, HIDDEN) for i in range(LAYERS[family])]
+        layers = [Autoregressive(spline, conditioner) for conditioner in conditioners]
     else:
         layers = list(recipe_flow(family, dim).layers)[:-1]
     return Flow(layers, vf.bases.StandardNormal(dim))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn.functional import hardtanh, silu
+from torch import Size, Tensor
 
 from .bijection import Bijection, Layer, pulled_back
-from .networks import REACH, Conditioner, Network, autoregressive_degrees
+from .conditioner import Conditioner, Network, Passes, Swept
 from .univariate import Univariate
 
 CHEAP = 2  # raw numbers a coordinate, up to which a univariate costs less than its network (affine, not splines)
@@ -19,43 +18,50 @@ MANY = 16  # coordinates, from which on a few passes of the whole network are ch
 class AutoregressiveBijection(Bijection):
     """x_i = univariate(z_i; raw_i(z_<i, context)): one network pass forward, a sweep over the coordinates back."""
 
-    def __init__(self, layer: Autoregressive, network: Network):
-        self.layer, self.network = layer, network
+    def __init__(self, layer: Autoregressive, network: Network, batch: Sequence[int]):
+        self.order, self.position, self.network, self.batch = layer.order, layer.position, network, batch
+        self.build, self.cheap = layer.univariate.bind(), layer.univariate.count <= CHEAP
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layer.univariate(self.network(z)).forward_and_logdet(z)
+        return self.build(self.network(z)).forward_and_logdet(z)
 
     def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """J is triangular: from the last coordinate i to the first, score'_i = (score_i − ∂ log|det|/∂z_i)/(∂x_i/∂z_i).
+        """The score by one sweep from the last coordinate to the first, as docs/autoregressive_score.md explains.
 
-        log|det| pulls on z_i also through the later raw_j, and so does each x_j, by its score'_j.
+        With r_i = raw_i(z_<i), x_i = u(z_i; r_i), log|det J| = Σ_i l_i and l_i = log ∂x_i/∂z_i,
+
+            score'_i = (score_i − ∂l_i/∂z_i − pull_i) / (∂x_i/∂z_i),
+            pull_i = Σ_{j>i} (∂r_j/∂z_i)ᵀ c_j,  c_j = score'_j ∂x_j/∂r_j + ∂l_j/∂r_j;
+
+        below, x_z is ∂x/∂z at fixed r, and so on. A network that is not swept has the inverse asked instead.
         """
-        sums = self.network.sums(z)
-        raw, own = self.network.raw(sums[-1]), z.view_as(z)  # a gradient in own leaves the network out
-        x, logdet = self.layer.univariate(raw).forward_and_logdet(own)
-        slope, tilt = pulled_back((x,), (torch.ones_like(x),), own, raw)
-        bend, pull = pulled_back((logdet,), (torch.ones_like(logdet),), own, raw)
+        if not isinstance(self.network, Swept):
+            return super().forward_and_score(z, score)
+        raw, sweep_back = self.network.with_back(z)
+        direct = z.view_as(z)  # a gradient in it leaves the network out: r is fixed
+        x, logdet = self.build(raw).forward_and_logdet(direct)
+        x_z, x_r = pulled_back((x,), (torch.ones_like(x),), direct, raw)
+        l_z, l_r = pulled_back((logdet,), (torch.ones_like(logdet),), direct, raw)
         with torch.no_grad():
-            direct, through = (score - bend) / slope, (z.abs() < REACH) / slope
-            direct, through, tilt, pull = map(self.rows, (direct.unsqueeze(-2), through.unsqueeze(-2), tilt, pull))
-            back, scores = SweepBack(self.layer, self.network, sums), []
+            back, scores = sweep_back(), []
+            alone, by_pull = (score - l_z) / x_z, back.inside / x_z  # the score without pull, and −∂score'_i/∂pull_i
+            alone, by_pull, x_r, l_r = map(self.rows, (alone.unsqueeze(-2), by_pull.unsqueeze(-2), x_r, l_r))
             for i in reversed(range(z.shape[-1])):
-                scores.append(torch.addcmul(direct[i], back.pulls[0].narrow(0, i, 1), through[i], value=-1))
-                back.add(i, torch.addcmul(pull[i], scores[-1], tilt[i]))
-            score = torch.cat(scores[::-1]).index_select(0, self.layer.position).mT.reshape(x.shape)
+                scores.append(torch.addcmul(alone[i], back.pull(i), by_pull[i], value=-1))
+                back.add(i, torch.addcmul(l_r[i], scores[-1], x_r[i]))  # c_i
+            score = torch.cat(scores[::-1]).index_select(0, self.position).mT.reshape(x.shape)
         return x, logdet, score
 
     def rows(self, t: Tensor) -> list[Tensor]:
         """(\\*batch, count, dim) -> for each coordinate, in order, (count, N)."""
         columns = t.reshape(-1, *t.shape[-2:]).permute(2, 1, 0).unbind()
-        return [columns[i] for i in self.layer.order]
+        return [columns[i] for i in self.order]
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        many = x.shape[-1] >= MANY and self.layer.univariate.count <= CHEAP
-        if many and not torch.is_grad_enabled():
-            found = self.settled(x)
-            if found is not None:
-                return found
+        if x.shape[-1] >= MANY and self.cheap and not torch.is_grad_enabled():
+            settled = self.settled(x)
+            if settled is not None:
+                return settled
         return self.swept(x)
 
     def settled(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -67,7 +73,7 @@ class AutoregressiveBijection(Bijection):
         close = {"rtol": 4 * torch.finfo(x.dtype).eps, "atol": 4 * torch.finfo(x.dtype).eps}
         z = x
         for _ in range(x.shape[-1] // 3):
-            before, (z, logdet) = z, self.layer.univariate(self.network(z)).inverse_and_logdet(x)
+            before, (z, logdet) = z, self.build(self.network(z)).inverse_and_logdet(x)
             try:
                 if z.shape == before.shape and torch.allclose(z, before, **close):
                     return z, logdet
@@ -77,86 +83,18 @@ class AutoregressiveBijection(Bijection):
 
     def swept(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z coordinate by coordinate: each hidden unit is computed once, when what it sees is known."""
-        layer, dim = self.layer, x.shape[-1]
-        batch = torch.broadcast_shapes(x.shape[:-1], self.network.biases[0].shape[:-1])
-        columns = x.expand(*batch, dim).reshape(-1, dim).split(1, -1)
-        sweep = Sweep(layer, self.network, batch)
+        dim, batch = x.shape[-1], torch.broadcast_shapes(x.shape[:-1], self.batch)
+        x = x.expand(*batch, dim)
+        swept = isinstance(self.network, Swept)
+        sweep = self.network.sweep(batch) if swept else Passes(self.network, self.order, torch.zeros_like(x))
+        columns = x.reshape(-1, dim).split(1, -1)
         z, logdets = [], []
-        for i in layer.order:
-            univariate = layer.univariate(sweep.next(z[-1] if z else None))
-            z_i, logdet = univariate.inverse_and_logdet(columns[i])
+        for i in self.order:
+            z_i, logdet = self.build(sweep.next(z[-1] if z else None)).inverse_and_logdet(columns[i])
             z.append(z_i)
             logdets.append(logdet)
         logdet = torch.stack(logdets).sum(0).reshape(batch)
-        return torch.cat(z, -1).index_select(-1, layer.position).reshape(*batch, dim), logdet
-
-
-class Sweep:
-    """The conditioner evaluated in degree order, for N rows: what is new at a step is added to the sums it feeds.
-
-    ``sums`` (N, width) are the hidden units before silu. Units sorted by degree make the new ones a block. Those that
-    are not complete hold part of their sum: the masks give them no weight in what depends on complete ones only.
-    """
-
-    def __init__(self, layer: Autoregressive, network: Network, batch: Sequence[int]):
-        order, self.sizes = torch.as_tensor(layer.order), layer.sizes
-        self.sums = [bias.expand(*batch, -1).reshape(-1, bias.shape[-1]) for bias in network.biases[:-1]]
-        # the weights that a new coordinate, or new units, have in the next layer
-        self.blocks = [network.weights[0].mT[order].split(1)]
-        for weight, sizes in zip(network.weights[1:-1], self.sizes[:-1], strict=True):
-            self.blocks.append(weight.mT.split(sizes))
-        # rows of the last layer are (count, coordinate): gather them by coordinate, in order
-        self.last = network.weights[-1].unflatten(0, (network.count, -1))[:, order].unbind(1)
-        self.last_bias = network.biases[-1].unflatten(0, (network.count, -1))[:, order].unsqueeze(-1).unbind(1)
-        self.complete = [0] * len(self.sizes)
-        self.step = 0
-
-    def next(self, previous: Tensor | None) -> Tensor:
-        """raw (N, count, 1) of the next coordinate, given the ``previous`` one (N, 1)."""
-        step, sums = self.step, self.sums
-        if previous is not None:
-            sums[0] = torch.addmm(sums[0], hardtanh(previous, -REACH, REACH), self.blocks[0][step - 1])
-        for i, sizes in enumerate(self.sizes[:-1]):
-            if sizes[step]:
-                new = silu(sums[i].narrow(1, self.complete[i], sizes[step]))
-                sums[i + 1] = torch.addmm(sums[i + 1], new, self.blocks[i + 1][step])
-                self.complete[i] += sizes[step]
-        self.step += 1
-        return torch.addmm(self.last_bias[step], self.last[step], silu(sums[-1]).mT).mT.unsqueeze(-1)
-
-
-class SweepBack:
-    """The conditioner's Jacobian transposed, for N rows, in falling order of the coordinates: what its numbers pull on.
-
-    ``pulls`` (width, N) belong to the inputs, in order, and to the hidden units of each layer after silu; a unit's is
-    passed on once it is complete, when all coordinates that the unit feeds have been added.
-    """
-
-    def __init__(self, layer: Autoregressive, network: Network, sums: Sequence[Tensor]):
-        order, self.sizes = torch.as_tensor(layer.order), layer.sizes
-        sums = [h.reshape(-1, h.shape[-1]).mT for h in sums]
-        weights = [network.weights[0][:, order], *network.weights[1:-1]]
-        self.blocks = [weight.mT.split(sizes, 1) for weight, sizes in zip(weights, self.sizes, strict=True)]
-        self.last = network.weights[-1].unflatten(0, (network.count, -1))[:, order].permute(1, 2, 0).unbind()
-        self.slopes = [silu_slope(h).split(sizes) for h, sizes in zip(sums, self.sizes, strict=True)]
-        self.pulls = [sums[0].new_zeros(width, sums[0].shape[1]) for width in (len(order), *map(len, sums))]
-        self.left = [len(h) for h in sums]  # units that are not complete
-
-    def add(self, step: int, cotangent: Tensor) -> None:
-        """Pull by the raw numbers (count, N) of a coordinate."""
-        pulls = self.pulls
-        pulls[-1] = torch.addmm(pulls[-1], self.last[step], cotangent)
-        for i, sizes in reversed(list(enumerate(self.sizes))):
-            if sizes[step]:
-                self.left[i] -= sizes[step]
-                complete = pulls[i + 1].narrow(0, self.left[i], sizes[step]) * self.slopes[i][step]
-                pulls[i] = torch.addmm(pulls[i], self.blocks[i][step], complete)
-
-
-def silu_slope(x: Tensor) -> Tensor:
-    """The derivative of silu, σ(x) (1 + x (1 − σ(x)))."""
-    sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
+        return torch.cat(z, -1).index_select(-1, self.position).reshape(*batch, dim), logdet
 
 
 class Autoregressive(Layer):
@@ -164,18 +102,25 @@ class Autoregressive(Layer):
 
     Parameters
     ----------
-    order: the coordinates in autoregressive order.
+    univariate: the map of each coordinate.
+    conditioner: its raw numbers given the coordinates before it, in the conditioner's order.
+
+    Raises
+    ------
+    ValueError for a conditioner without an order, or of other sizes.
     """
 
-    def __init__(self, order: Sequence[int], univariate: Univariate, hidden: Sequence[int], context: int | None = None):
+    def __init__(self, univariate: Univariate, conditioner: Conditioner):
         super().__init__()
-        self.order, self.univariate = tuple(order), univariate
-        self.register_buffer("position", torch.as_tensor(self.order).argsort())
-        dim = len(self.order)
-        self.conditioner = Conditioner(dim, dim, univariate.count, hidden, context, order)
-        # how many units of each hidden layer have each degree
-        degrees = [autoregressive_degrees(dim, width) for width in hidden]
-        self.sizes = [torch.bincount(degree, minlength=dim).tolist() for degree in degrees]
+        order = conditioner.order
+        if order is None or sorted(order) != list(range(len(order))):
+            expected = "one with an order, a permutation of the coordinates"
+            raise ValueError(f"conditioner: expected {expected}, got the order {order}; MaskedMLP is one")
+        conditioner.check(len(order), len(order), univariate.count)
+        self.order, self.univariate = order, univariate
+        self.register_buffer("position", torch.as_tensor(order).argsort())
+        self.conditioner = conditioner
 
     def forward(self, context: Tensor | None = None) -> Bijection:
-        return AutoregressiveBijection(self, self.conditioner(context))
+        batch = Size() if context is None else context.shape[:-1]
+        return AutoregressiveBijection(self, self.conditioner(context), batch)

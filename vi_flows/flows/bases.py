@@ -86,7 +86,7 @@ class Mixture(Base):
     ----------
     loc: (K, dim). scale: positive, broadcast to (K, dim), or lower-triangular factors (K, dim, dim).
     weights: (K,), positive; None for equal ones. df: degrees of freedom; None for normal components.
-    fixed: without parameters, to be drawn from and scored only.
+    fixed: without parameters, to be drawn from and scored only: the one way to have a mixture that stays as it is.
     """
 
     def __init__(
@@ -114,15 +114,13 @@ class Mixture(Base):
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale_tril", scale.expand(*loc.shape, self.dim).clone())
         self.register_buffer("weights", weights / weights.sum())
-        self.fixed = fixed
-        if fixed:
-            return
-        self.shift, self.log_scale = nn.Parameter(torch.zeros_like(loc)), nn.Parameter(torch.zeros_like(loc))
-        self.lower = nn.Parameter(torch.zeros_like(self.scale_tril)) if self.dim > 1 else None
+        self.shift = None if fixed else nn.Parameter(torch.zeros_like(loc))
+        self.log_scale = None if fixed else nn.Parameter(torch.zeros_like(loc))
+        self.lower = None if fixed or self.dim == 1 else nn.Parameter(torch.zeros_like(self.scale_tril))
 
     def components(self) -> tuple[Tensor, Tensor]:
         """Locations (K, dim) and lower-triangular factors (K, dim, dim)."""
-        if self.fixed:
+        if self.shift is None:
             return self.loc, self.scale_tril
         own = torch.diag_embed(self.log_scale.exp())
         own = own if self.lower is None else own + self.lower.tril(-1)

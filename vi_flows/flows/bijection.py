@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
+from ..arguments import whole
+
 
 class Bijection(ABC):
-    """An invertible map from base z to sample x, built for one context: a throw-away object that owns no parameters."""
+    """An invertible map from base z to sample x, built for one context: a throw-away object that owns no parameters.
+
+    exact: whether its log-determinants are those of the map, or estimates by random probes. These are drawn when the
+    layer is called, so that the bijection is a pure function of its argument; in its ``eval()`` mode such a layer gives
+    an exact bijection if it can, for only these are judged.
+    """
+
+    exact: bool = True
 
     @abstractmethod
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,12 +71,32 @@ class Layer(nn.Module, ABC):
     def forward(self, context: Tensor | None = None) -> Bijection:
         """context (\\*batch, context_dim) or None -> the bijection for that context."""
 
+    def initialise(self, x: Tensor, context: Tensor | None = None, inverted: bool = False) -> None:
+        """Look once at data, rows x (N, dim) on the sample side, or on the base side of a layer that is ``inverted``.
+
+        By default nothing; a layer whose start hangs on the data (scales of their own, say) sets its parameters here.
+        """
+
+
+def initialise(layers: Iterable[Layer], x: Tensor, context: Tensor | None = None, inverted: bool = False) -> None:
+    """Let every layer of a stack look at data x (N, dim) in its own coordinates.
+
+    The data go down the stack from the sample side, or up from the base side if it is inverted, through layers that
+    have already seen them.
+    """
+    layers = list(layers)
+    for layer in layers if inverted else reversed(layers):
+        layer.initialise(x, context, inverted)
+        bijection = layer(context)
+        x, _ = bijection.forward_and_logdet(x) if inverted else bijection.inverse_and_logdet(x)
+
 
 class Compose(Bijection):
     """f = f_K ∘ ... ∘ f_1: the first bijection is applied first; log-determinants add."""
 
     def __init__(self, bijections: Sequence[Bijection]):
         self.bijections = tuple(bijections)
+        self.exact = all(bijection.exact for bijection in self.bijections)
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         logdets = []
@@ -105,7 +134,7 @@ class Inverse(Bijection):
     """f⁻¹ of a bijection f: the two directions exchanged."""
 
     def __init__(self, bijection: Bijection):
-        self.bijection = bijection
+        self.bijection, self.exact = bijection, bijection.exact
 
     def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self.bijection.inverse_and_logdet(z)
@@ -123,6 +152,46 @@ class Inverted(Layer):
 
     def forward(self, context: Tensor | None = None) -> Bijection:
         return Inverse(self.layer(context))
+
+    def initialise(self, x: Tensor, context: Tensor | None = None, inverted: bool = False) -> None:
+        self.layer.initialise(x, context, not inverted)
+
+
+class Leading(Bijection):
+    """A bijection of the first ``count`` coordinates; the others stay."""
+
+    def __init__(self, inner: Bijection, count: int):
+        self.inner, self.count, self.exact = inner, count, inner.exact
+
+    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x, logdet = self.inner.forward_and_logdet(z[..., : self.count])
+        return torch.cat([x, z[..., self.count :]], -1), logdet
+
+    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, logdet = self.inner.inverse_and_logdet(x[..., : self.count])
+        return torch.cat([z, x[..., self.count :]], -1), logdet
+
+    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, logdet, own = self.inner.forward_and_score(z[..., : self.count], score[..., : self.count])
+        return (
+            torch.cat([x, z[..., self.count :]], -1),
+            logdet,
+            torch.cat([own, score[..., self.count :]], -1),
+        )
+
+
+class LeadingLayers(Layer):
+    """Layers that act on the first ``count`` coordinates; see :class:`Leading`."""
+
+    def __init__(self, layers: Sequence[Layer], count: int):
+        super().__init__()
+        self.layers, self.count = nn.ModuleList(layers), whole("count", count)
+
+    def forward(self, context: Tensor | None = None) -> Bijection:
+        return Leading(Compose([layer(context) for layer in self.layers]), self.count)
+
+    def initialise(self, x: Tensor, context: Tensor | None = None, inverted: bool = False) -> None:
+        initialise(self.layers, x[..., : self.count], context, inverted)
 
 
 class BijectionTransform(Transform):

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from .bases import Base
-from .bijection import Bijection, BijectionTransform, Compose, Layer, pulled_back
+from .bijection import Bijection, BijectionTransform, Compose, Layer, initialise, pulled_back
 
 
 class NotConverged(RuntimeError):
@@ -159,19 +159,59 @@ class Flow(nn.Module):
         return self.base.anchor.device
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        context = self._checked(context)
+        bijection = Compose([layer(context) for layer in self.layers])
+        return FlowDistribution(self.base, bijection, Size() if context is None else context.shape[:-1])
+
+    def _checked(self, context: Tensor | None) -> Tensor | None:
         if (context is None) != (self.context is None) or (
             context is not None and (context.dim() == 0 or context.shape[-1] != self.context)
         ):
             expected = "None" if self.context is None else f"a tensor of shape (..., {self.context})"
             got = "None" if context is None else f"shape {tuple(context.shape)}"
             raise ValueError(f"context: expected {expected}, got {got}; the recipe's context= says what a flow takes")
-        if context is not None:
-            _check_precision("context", context, self.dtype)
-            context = context.to(self.dtype)
-        bijection = Compose([layer(context) for layer in self.layers])
-        return FlowDistribution(self.base, bijection, Size() if context is None else context.shape[:-1])
+        if context is None:
+            return None
+        _check_precision("context", context, self.dtype)
+        return context.to(self.dtype)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Let the layers whose start hangs on data look at it once, each in its own coordinates; most do not look.
+
+        Parameters
+        ----------
+        x: rows (N, dim). context: theirs, (N, context_dim), or None.
+
+        Raises
+        ------
+        ValueError for rows of another size or a wider dtype than the flow's, for values that are not finite, and for
+        a context as at a call.
+        """
+        if x.dim() != 2 or x.shape[1] != self.dim or len(x) == 0 or not x.isfinite().all():
+            got = f"shape {tuple(x.shape)} with {int((~x.isfinite()).sum())} values that are not finite"
+            raise ValueError(
+                f"x: expected finite rows of shape (N, {self.dim}), got {got}; leave out or mend these rows"
+            )
+        _check_precision("x", x, self.dtype)
+        initialise(self.layers, x.to(self.dtype), self._checked(context))
 
     def then(self, *layers: Layer) -> Flow:
         """A copy of this flow with more layers on the sample side."""
         copied = copy.deepcopy(self)
         return Flow([*copied.layers, *layers], copied.base, self.context)
+
+
+def exact(flow: Flow) -> Flow:
+    """The flow itself, in its ``eval()`` mode, where its log-determinants are exact: what may be judged by weights.
+
+    Raises ValueError naming the layer that estimates its own even so: noise in log q would bias every weight.
+    """
+    context = None if flow.context is None else torch.zeros(flow.context, dtype=flow.dtype, device=flow.device)
+    for i, layer in enumerate(flow.eval().layers):
+        if not layer(context).exact:
+            got = f"estimates from layer {i}, {type(layer).__name__}"
+            raise ValueError(
+                f"flow: expected exact log-determinants in judging, got {got}; replace it by an exact layer"
+            )
+    return flow

@@ -1,30 +1,25 @@
-"""Conditioners: multilayer perceptrons, masked (MADE) or not, with the context entering after the first layer."""
+"""Multilayer perceptrons as conditioners, with the context entering after the first layer."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import hardtanh, linear, silu
+from torch.nn.functional import hardtanh, linear, pad, silu
 
+from .conditioner import Conditioner
 from .parameters import START_SD
 
 REACH = 10.0  # a network sees z clamped to ±REACH: beyond it, in the far tails, its output no longer changes
 
 
-def autoregressive_degrees(dim: int, width: int) -> Tensor:
-    """Sorted degrees 0..dim − 1 of ``width`` hidden units; a unit of degree m sees the first m coordinates only."""
-    return torch.arange(width) * dim // width
+@dataclass(frozen=True, eq=False)
+class Perceptron:
+    """An :class:`MLP` for one context: raw = W_L silu(... silu(W_1 z̃ + b_1) ...) + b_L, z̃ = clamp(z).
 
-
-class Network(NamedTuple):
-    """A conditioner for one context: raw = W_L silu(... silu(W_1 z̃ + b_1) ...) + b_L, (\\*batch, count, features).
-
-    It holds tensors, not the module: a bijection keeps the parameters that it was built with, those of functional_call
-    included. weights[0] has no columns where there is no z; bias[0] may have the batch of the context.
+    weights[0] has no columns where there is no z; biases[0] may have the batch of the context.
     """
 
     weights: list[Tensor]
@@ -53,20 +48,22 @@ class Network(NamedTuple):
         return raw.view(self.count, self.features, *h.shape[:-1]).movedim((0, 1), (-2, -1))
 
 
-class Conditioner(nn.Module):
-    """The weights of a multilayer perceptron from z̃ = clamp(z) and the context; its call gives a :class:`Network`.
+class MLP(Conditioner):
+    """The weights of a :class:`Perceptron`, which its call makes.
 
     Weights are stored times the square root of their fan-in, so that a parameter's step moves its output by about as
     much whatever the width: one learning rate suits all layers, and a perturbed network stays well-conditioned.
 
     Parameters
     ----------
-    inputs: size of z. 0 is allowed: then raw depends on the context alone.
-    features, count: raw numbers are made for ``features`` coordinates, ``count`` for each.
+    inputs, features, count: see :class:`Conditioner`.
     hidden: widths of the hidden layers.
     context: size of the context or None.
-    order: None for a full network; else the autoregressive order of the coordinates (inputs = features), and the
-        weights are masked such that the numbers of coordinate order[t] depend on order[:t] only (Germain et al. 2015).
+    masks: for each layer's weight matrix what it is multiplied by; None for a full network.
+
+    Raises
+    ------
+    ValueError if ``hidden`` is no sequence of positive widths.
     """
 
     def __init__(
@@ -76,20 +73,17 @@ class Conditioner(nn.Module):
         count: int,
         hidden: Sequence[int],
         context: int | None = None,
-        order: Sequence[int] | None = None,
+        masks: Sequence[Tensor] | None = None,
     ):
-        super().__init__()
-        _check(hidden)
-        self.features, self.count, self.layers = features, count, len(hidden) + 1
-        self.fan_in = max(context or inputs, 1)  # of the weights that z or, if there is one, the context meets
+        super().__init__(inputs, features, count)
+        self.layers, self.context = len(check_hidden(hidden)) + 1, context
         fan_in, fan_out = [inputs, *hidden], [*hidden, features * count]
         weights = [torch.randn(m, n) for m, n in zip(fan_out, fan_in, strict=True)]
         biases = [torch.randn(m) for m in fan_out]
         weights[-1], biases[-1] = START_SD * weights[-1], START_SD * biases[-1]
-        masks = [1] * self.layers if order is None else self.masks(order, hidden)
-        scales = [
-            mask * torch.ones_like(w) * max(w.shape[1], 1) ** -0.5 for mask, w in zip(masks, weights, strict=True)
-        ]
+        scales = [torch.full_like(w, max(w.shape[1], 1) ** -0.5) for w in weights]
+        if masks is not None:
+            scales = [mask * scale for mask, scale in zip(masks, scales, strict=True)]
         if context is not None:
             weights.append(torch.randn(hidden[0], context))
             scales.append(torch.full_like(weights[-1], context**-0.5))
@@ -100,27 +94,37 @@ class Conditioner(nn.Module):
         # rounded so that it is the same number in every dtype
         self.register_buffer("scale", scale.bfloat16().to(scale.dtype), persistent=False)
 
-    def masks(self, order: Sequence[int], hidden: Sequence[int]) -> list[Tensor]:
-        dim = len(order)
-        position = torch.empty(dim, dtype=torch.long)
-        position[torch.as_tensor(order)] = torch.arange(dim)
-        degrees = [position + 1, *(autoregressive_degrees(dim, width) for width in hidden)]
-        masks = [after[:, None] >= before for before, after in itertools.pairwise(degrees)]
-        return [*masks, (position[:, None] >= degrees[-1]).repeat(self.count, 1)]
-
-    def forward(self, context: Tensor | None = None) -> Network:
+    def tensors(self) -> list[Tensor]:
+        """The scaled weights of the layers, those of the context if there is one, and the biases."""
         parts = (self.vector * self.scale).split([shape.numel() for shape in self.shapes])
-        tensors = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def forward(self, context: Tensor | None = None) -> Perceptron:
+        tensors = self.tensors()
         weights, biases = tensors[: self.layers], tensors[-self.layers :]
         if context is not None:
             biases[0] = linear(context, tensors[self.layers], biases[0])
-        return Network(weights, biases, self.count, self.features)
+        return Perceptron(weights, biases, self.count, self.features)
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        return {self.vector: max(self.context or self.inputs, 1) ** 0.5}  # of what the context or, without, z meets
+
+    def fold(self, context: Tensor) -> dict[str, Tensor | None]:
+        """The vector for each context, with the context's part in the first bias (biases are not scaled)."""
+        if self.context is None:
+            return {}
+        first = sum(shape.numel() for shape in self.shapes[: self.layers + 1])
+        shift = linear(context, self.tensors()[self.layers])
+        after = len(self.vector) - first - shift.shape[-1]
+        return {"vector": self.vector + pad(shift, (first, after))}
 
 
-def _check(hidden: Sequence[int]) -> None:
+def check_hidden(hidden: Sequence[int]) -> Sequence[int]:
+    """hidden, if it is a sequence of positive widths."""
     if (
         not isinstance(hidden, Sequence)
         or not hidden
         or any(not isinstance(width, int) or width < 1 for width in hidden)
     ):
         raise ValueError(f"hidden: expected a sequence of positive widths, got {hidden!r}; the default is (64, 64)")
+    return hidden

@@ -13,6 +13,22 @@ from .bijection import Bijection, Layer
 START_SD = 1e-3  # around the identity: not 0, so that every parameter has a gradient from the first step
 
 
+class Conditioned:
+    """A module that takes a context in, and what is asked of it by what makes the context: the encoder of a VAE."""
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        """By how much the learning rate is to be multiplied for a parameter to learn as an ordinary layer's does; 1 for
+        those left out."""
+        return {}
+
+    def fold(self, context: Tensor) -> dict[str, Tensor | None]:
+        """Own parameters (N, \\*shape) with which the module is at context 0 what it is at contexts (N, c).
+
+        By their names here; None for one that does nothing at context 0. Raises TypeError where it is not written.
+        """
+        raise TypeError(f"fold: expected {type(self).__name__} to put a context into its parameters; write its fold()")
+
+
 class Maths(Protocol):
     """A bijection class as :class:`Parametric` sees it: raw tensors in, bijection out; it owns nothing."""
 
@@ -23,7 +39,7 @@ class Maths(Protocol):
         """Raw tensors of shape (\\*batch, \\*shape), and the same options, to a bijection."""
 
 
-class Parametric(Layer):
+class Parametric(Layer, Conditioned):
     """A layer of free tensors: its own parameters, or an affine map of the context.
 
     Parameters
@@ -36,7 +52,7 @@ class Parametric(Layer):
 
     def __init__(self, maths: Maths, dim: int, context: int | None = None, **options: Any):
         super().__init__()
-        self.maths, self.options = maths, options
+        self.maths, self.options, self.context = maths, options, context
         start = {
             name: value + START_SD * torch.randn_like(value) for name, value in maths.start(dim, **options).items()
         }
@@ -51,13 +67,22 @@ class Parametric(Layer):
         if context is None:
             tensors = dict(self.own.items())
         else:
-            weight = self.weight * context.shape[-1] ** -0.5  # the parametrisation of networks.Conditioner
-            parts = linear(context, weight, self.bias).split([shape.numel() for shape in self.shapes.values()], dim=-1)
+            parts = self.raw(context).split([shape.numel() for shape in self.shapes.values()], dim=-1)
             tensors = {
                 name: part.reshape(context.shape[:-1] + shape)
                 for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
             }
         return self.maths(**tensors, **self.options)
+
+    def raw(self, context: Tensor) -> Tensor:
+        """All raw numbers (\\*batch, n) of a context; the weight is stored times √fan-in, as those of networks.MLP."""
+        return linear(context, self.weight * context.shape[-1] ** -0.5, self.bias)
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        return {} if self.context is None else {self.weight: self.context**0.5}
+
+    def fold(self, context: Tensor) -> dict[str, Tensor | None]:
+        return {} if self.context is None else {"weight": None, "bias": self.raw(context)}
 
 
 class Fixed(Layer):

@@ -5,8 +5,8 @@ All start near the identity, so that a fit begins at its base; all take a ``base
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from ..arguments import whole
 from .autoregressive import Autoregressive
 from .bases import Base, StandardNormal
 from .bijection import Inverted, Layer
-from .coupling import Coupling
+from .coupling import Coupling, Split
 from .distribution import Flow
 from .linear import LU, FullAffine, Permutation
 from .lowrank import HouseholderSylvester, OrthogonalSylvester, Planar, Radial, TriangularSylvester
+from .masked import MaskedMLP
+from .networks import MLP
 from .parameters import Fixed, Parametric
 from .splines import rational_quadratic
-from .univariate import Univariate, affine, chain
+from .univariate import Chain, Univariate, affine
 
 __all__ = [
     "diagonal",
@@ -43,7 +45,7 @@ CONDITIONED_LOG_SCALE = 2.5  # bound of a conditioner's log-scale in one layer
 def _recipe(function: Callable[..., Flow]) -> Callable[..., Flow]:
     """A family that refuses a dim or context that is no positive integer."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def checked(dim: int, context: int | None = None, **options: Any) -> Flow:
         whole("dim", dim)
         if context is not None:
@@ -127,7 +129,7 @@ def iaf(
     base: Base | None = None,
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016): one pass to sample, a sweep over coordinates to score."""
-    return _flow(_autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE)), dim, base, context)
+    return _flow(_autoregressive(dim, context, layers, hidden, _conditioned_affine), dim, base, context)
 
 
 @_recipe
@@ -140,7 +142,7 @@ def maf(
     base: Base | None = None,
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios et al. 2017), IAF's inverse: one pass to score, a sweep to sample."""
-    stack = _autoregressive(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE))
+    stack = _autoregressive(dim, context, layers, hidden, _conditioned_affine)
     return _flow([Inverted(layer) for layer in stack], dim, base, context)
 
 
@@ -155,7 +157,7 @@ def realnvp(
     base: Base | None = None,
 ) -> Flow:
     """Affine coupling flow (Dinh et al. 2017); ``mixing`` as in :func:`spline`, which explains it."""
-    return _flow(_coupling(dim, context, layers, hidden, affine(CONDITIONED_LOG_SCALE), mixing), dim, base, context)
+    return _flow(_coupling(dim, context, layers, hidden, _conditioned_affine, mixing), dim, base, context)
 
 
 @_recipe
@@ -179,7 +181,7 @@ def spline(
     bins, bound: the spline's pieces on [−bound, bound]; it is the identity outside.
     mixing: the linear layer after each coupling: "lu", "permutation" (fixed random ones, undone at the end) or "none".
     """
-    return _flow(_coupling(dim, context, layers, hidden, _spline(bins, bound), mixing), dim, base, context)
+    return _flow(_coupling(dim, context, layers, hidden, partial(_spline, bins, bound), mixing), dim, base, context)
 
 
 @_recipe
@@ -194,7 +196,7 @@ def spline_autoregressive(
     base: Base | None = None,
 ) -> Flow:
     """Neural spline flow with an autoregressive conditioner in the sampling direction (as IAF)."""
-    return _flow(_autoregressive(dim, context, layers, hidden, _spline(bins, bound)), dim, base, context)
+    return _flow(_autoregressive(dim, context, layers, hidden, partial(_spline, bins, bound)), dim, base, context)
 
 
 def _flow(layers: Sequence[Layer], dim: int, base: Base | None, context: int | None) -> Flow:
@@ -205,18 +207,24 @@ def _flow(layers: Sequence[Layer], dim: int, base: Base | None, context: int | N
 
 
 def _autoregressive(
-    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Univariate
+    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Callable[[], Univariate]
 ) -> list[Layer]:
-    """Autoregressive layers in alternating order; affine ones only scale gently, so an elementwise affine closes."""
+    """Autoregressive layers in alternating order, each with a univariate of its own.
+
+    Affine ones only scale gently, so an elementwise affine closes.
+    """
     if dim == 1:  # no coordinate comes before: numbers of the context alone
         return _coupling(dim, context, layers, hidden, univariate, "none")
     orders = [range(dim) if i % 2 == 0 else range(dim - 1, -1, -1) for i in range(whole("layers", layers))]
-    stack: list[Layer] = [Autoregressive(order, univariate, hidden, context) for order in orders]
+    stack: list[Layer] = []
+    for order in orders:
+        each = univariate()
+        stack.append(Autoregressive(each, MaskedMLP(order, each.count, hidden, context)))
     return [*stack, Parametric(affine(), dim, context)]
 
 
 def _coupling(
-    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Univariate, mixing: str
+    dim: int, context: int | None, layers: int, hidden: Sequence[int], univariate: Callable[[], Univariate], mixing: str
 ) -> list[Layer]:
     """Couplings whose masks take the bits of the coordinate's index in turn: any two coordinates differ in some bit."""
     bits = max((dim - 1).bit_length(), 1)
@@ -224,8 +232,8 @@ def _coupling(
     order = torch.arange(dim)
     for i in range(whole("layers", layers)):
         bit = (i // 2) % bits
-        mask = [(j >> bit) % 2 == i % 2 for j in range(dim)] if dim > 1 else [True]
-        stack.append(Coupling(mask, univariate, hidden, context))
+        split, each = Split([(j >> bit) % 2 == i % 2 for j in range(dim)] if dim > 1 else [True]), univariate()
+        stack.append(Coupling(split, each, MLP(split.kept, split.changed, each.count, hidden, context)))
         if mixing == "lu":
             stack.append(Parametric(LU, dim, context))
         elif mixing == "permutation":
@@ -239,10 +247,14 @@ def _coupling(
     return [*stack, Parametric(affine(), dim, context)]
 
 
+def _conditioned_affine() -> Univariate:
+    return affine(CONDITIONED_LOG_SCALE)
+
+
 def _spline(bins: int, bound: float) -> Univariate:
     if not bound > 0:
         raise ValueError(f"bound: expected a positive number, got {bound!r}")
     if whole("bins", bins) < 2:
         raise ValueError(f"bins: expected at least 2, got {bins}")
     # the affine moves and scales also what lies in the spline's identity tails: funnels and bananas need it
-    return chain(rational_quadratic(bins, float(bound)), affine(CONDITIONED_LOG_SCALE))
+    return Chain(rational_quadratic(bins, float(bound)), _conditioned_affine())

@@ -47,8 +47,8 @@ class RationalQuadratic(Bijection):
 
     def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, log_slopes = self.move(z, back=False)
-        (bend,) = pulled_back((log_slopes,), (torch.ones_like(log_slopes),), z)
-        return x, log_slopes.sum(-1), (score - bend) * (-log_slopes.detach()).exp()
+        (l_z,) = pulled_back((log_slopes,), (torch.ones_like(log_slopes),), z)
+        return x, log_slopes.sum(-1), (score - l_z) * (-log_slopes.detach()).exp()
 
     def move(self, value: Tensor, back: bool) -> tuple[Tensor, Tensor]:
         """f(value) or f⁻¹(value) (\\*batch, dim), and log f' (\\*batch, dim) at that pair."""

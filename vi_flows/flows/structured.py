@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import whole
 from .bases import Base, StandardNormal, StudentT
-from .bijection import Bijection, Compose, Layer, pulled_back
+from .bijection import Bijection, Layer, LeadingLayers, pulled_back
 from .distribution import Flow
 from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
@@ -30,40 +29,6 @@ SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
 LOG_SCALE = 8.0  # bound of log s, in the coordinate's own unit: what a training step gone wrong may reach
-
-
-class Leading(Bijection):
-    """A bijection of the first ``count`` coordinates; the others stay."""
-
-    def __init__(self, inner: Bijection, count: int):
-        self.inner, self.count = inner, count
-
-    def forward_and_logdet(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, logdet = self.inner.forward_and_logdet(z[..., : self.count])
-        return torch.cat([x, z[..., self.count :]], -1), logdet
-
-    def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, logdet = self.inner.inverse_and_logdet(x[..., : self.count])
-        return torch.cat([z, x[..., self.count :]], -1), logdet
-
-    def forward_and_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, logdet, own = self.inner.forward_and_score(z[..., : self.count], score[..., : self.count])
-        return (
-            torch.cat([x, z[..., self.count :]], -1),
-            logdet,
-            torch.cat([own, score[..., self.count :]], -1),
-        )
-
-
-class LeadingLayers(Layer):
-    """Layers that act on the first ``count`` coordinates; see :class:`Leading`."""
-
-    def __init__(self, layers: Sequence[Layer], count: int):
-        super().__init__()
-        self.layers, self.count = nn.ModuleList(layers), whole("count", count)
-
-    def forward(self, context: Tensor | None = None) -> Bijection:
-        return Leading(Compose([layer(context) for layer in self.layers]), self.count)
 
 
 class LeadingTails(StandardNormal):

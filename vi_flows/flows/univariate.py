@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..arguments import whole
 from .bijection import Bijection, Compose
 from .linear import LOG_SCALE_BOUND, bounded
 
 
-class Univariate(NamedTuple):
-    """What a conditioner needs to know: raw numbers per coordinate, and the bijection that they make."""
+class Univariate(nn.Module):
+    """A family of elementwise bijections: ``count`` raw numbers for each coordinate make one.
 
-    count: int
-    build: Callable[[Tensor], Bijection]
+    One with parameters of its own, which all coordinates share, is a subclass with its own :meth:`bind`. Its
+    log-determinants are exact; estimates are for layers of their own.
+
+    Parameters
+    ----------
+    count: raw numbers for each coordinate.
+    build: raw (\\*batch, count, dim) -> the bijection; a function, which owns nothing.
+    """
+
+    def __init__(self, count: int, build: Callable[[Tensor], Bijection] | None = None):
+        super().__init__()
+        self.count, self.build = whole("count", count), build
+
+    def bind(self) -> Callable[[Tensor], Bijection]:
+        """The function from raw to the bijection, with the parameters as they are now, functional_call's included."""
+        if self.build is None:
+            raise TypeError(
+                f"build: expected a function of raw numbers, got None; or {type(self).__name__} needs bind()"
+            )
+        return self.build
 
     def start(self, dim: int) -> dict[str, Tensor]:
+        """The raw numbers of the identity; see :class:`Maths`."""
         return {"raw": torch.zeros(self.count, dim)}
 
-    def __call__(self, raw: Tensor) -> Bijection:
-        return self.build(raw)
+    def forward(self, raw: Tensor) -> Bijection:
+        """raw (\\*batch, count, dim) -> the bijection."""
+        return self.bind()(raw)
 
 
 class Affine(Bijection):
@@ -51,11 +71,13 @@ def affine(bound: float = LOG_SCALE_BOUND) -> Univariate:
     return Univariate(2, partial(Affine, bound=bound))
 
 
-def chain(*univariates: Univariate) -> Univariate:
-    """The univariates one after the other, the first applied first."""
-    return Univariate(sum(u.count for u in univariates), partial(_chained, univariates))
+class Chain(Univariate):
+    """Univariates one after the other, the first applied first; each takes its own of the raw numbers."""
 
+    def __init__(self, *univariates: Univariate):
+        super().__init__(sum(u.count for u in univariates))
+        self.univariates = nn.ModuleList(univariates)
 
-def _chained(univariates: tuple[Univariate, ...], raw: Tensor) -> Bijection:
-    parts = raw.split([u.count for u in univariates], dim=-2)
-    return Compose([u(part) for u, part in zip(univariates, parts, strict=True)])
+    def bind(self) -> Callable[[Tensor], Bijection]:
+        counts, builds = [u.count for u in self.univariates], [u.bind() for u in self.univariates]
+        return lambda raw: Compose([build(part) for build, part in zip(builds, raw.split(counts, dim=-2), strict=True)])

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.functional import linear
 
 from ..arguments import whole
 from ..errors import DivergedError
 from ..flows.distribution import Flow
-from ..flows.networks import Conditioner
-from ..flows.parameters import Parametric
+from ..flows.parameters import Conditioned
 from ..running import seeded
 from .bounds import CHUNK, affordable, evaluating, in_blocks, of_weights, on_device
 from .model import VAE, Terms
@@ -135,28 +133,15 @@ def terms(vae: VAE, x: Tensor, draws: Draws, frame: Frame, parameters: dict[str,
 def folded(flow: Flow, h: Tensor | None, count: int) -> dict[str, Tensor]:
     """Parameters (N, \\*shape) with which the flow is at context 0 what it is at contexts h (N, c).
 
-    What heads and conditioners add for a context goes into their biases. Heads' weights are left out: at context 0 they
-    do nothing, as do the context's weights in a conditioner.
+    What heads and conditioners add for a context goes into their biases, see :class:`Conditioned`. Parameters that do
+    nothing at context 0 are left out.
     """
     held = {}
     for name, module in flow.named_modules() if h is not None else ():
-        if isinstance(module, Parametric) and hasattr(module, "weight"):
-            held[f"{name}.weight"] = None
-            held[f"{name}.bias"] = linear(h, module.weight * h.shape[-1] ** -0.5, module.bias)
-        elif isinstance(module, Conditioner):
-            held[f"{name}.vector"] = _shifted(module, h)
+        if isinstance(module, Conditioned):
+            held |= {f"{name}.{own}": value for own, value in module.fold(h).items()}
     parameters = {name: held.get(name, value.expand(count, *value.shape)) for name, value in flow.named_parameters()}
     return {name: value.detach().clone() for name, value in parameters.items() if value is not None}
-
-
-def _shifted(conditioner: Conditioner, h: Tensor) -> Tensor:
-    """A conditioner's vector for each context h (N, c), (N, size), with the context's part in its first bias."""
-    parts = (conditioner.vector * conditioner.scale).split([shape.numel() for shape in conditioner.shapes])
-    layers = conditioner.layers  # that many weights, then the context's, then that many biases, which are not scaled
-    shift = linear(h, parts[layers].view(conditioner.shapes[layers]))
-    before = conditioner.vector.new_zeros(len(h), sum(len(part) for part in parts[: layers + 1]))
-    after = conditioner.vector.new_zeros(len(h), sum(len(part) for part in parts[layers + 2 :]))
-    return conditioner.vector + torch.cat([before, shift, after], -1)
 
 
 def _fit(

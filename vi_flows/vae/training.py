@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..arguments import one_of, whole
 from ..errors import DivergedError
 from ..flows.distribution import Flow
-from ..flows.networks import Conditioner
-from ..flows.parameters import Parametric
+from ..flows.parameters import Conditioned, Parametric
 from ..flows.univariate import Univariate
 from .bounds import bound
 from .data import Images
@@ -167,10 +166,8 @@ def parameter_groups(vae: VAE, lr: float) -> list[dict[str, Any]]:
     """
     factors, late = {}, _late(vae.posterior)
     for module in vae.modules():
-        if isinstance(module, Parametric) and hasattr(module, "weight"):
-            factors[module.weight] = module.weight.shape[1] ** 0.5
-        elif isinstance(module, Conditioner):
-            factors[module.vector] = module.fan_in**0.5
+        if isinstance(module, Conditioned):
+            factors |= module.rates()
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for p in vae.parameters():
         groups.setdefault((factors.get(p, 1.0), p in late), []).append(p)

@@ -97,7 +97,7 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
 
 def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussians, level: float) -> float:
     """∫ p g/(g + m) as a share of Ẑ = e^level, g the mixture of t components at the suspects."""
-    near = Mixture(suspects.loc, suspects.scale_tril, df=MODE_DF).requires_grad_(False)
+    near = Mixture(suspects.loc, suspects.scale_tril, df=MODE_DF, fixed=True)
     x = near.transform(near.noise((EACH * len(suspects),)))
     log_w = log_density(target, x) - torch.logaddexp(in_blocks(near.log_prob, x), proposal.log_prob(x))
     return math.exp(min(log_mean(log_w) - level, 0.0))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...flows.distribution import Flow
+from ...flows.distribution import Flow, exact
 from ...running import Clock
 from ...targets.target import Target
 from ...targets.values import check_finite
@@ -90,7 +90,7 @@ def judge(
     what fails, and ``clock``, where it has a limit, leaves the time; no claim is made where it left too little.
     k̂ of q itself, its mean and spread over five sets of ``num_draws`` draws, is reported beside the verdict.
     """
-    clock = clock or Clock(None)
+    flow, clock = exact(flow), clock or Clock(None)
     each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
     proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
     verdict = Verdict.of(checks + _probed(proposal, target, pooled, checks, probes, clock, each), *LEADS)

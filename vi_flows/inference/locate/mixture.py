@@ -37,13 +37,13 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
     heavy = [i for i in masses.argsort(descending=True).tolist() if masses[i] > masses.max() - LIGHTEST][:MOST]
     found, weights = start.pick(heavy), masses[heavy].softmax(0)
     for k in range(ROUNDS):
-        wide = Mixture(found.loc, found.scale_tril, 0.95 * weights + 0.05 / len(weights), DF).requires_grad_(False)
+        wide = Mixture(found.loc, found.scale_tril, 0.95 * weights + 0.05 / len(weights), DF, fixed=True)
         x = wide.transform(wide.noise((max(DRAWS, DRAWS_EACH * len(found)),)))
         log_w = log_density(target, x) - in_blocks(wide.log_prob, x)
         w = log_w.softmax(0)
         if not bool(w.isfinite().all()):
             break
-        of_each = in_blocks(Mixture(found.loc, found.scale_tril, weights).log_each, x).softmax(-1)
+        of_each = in_blocks(Mixture(found.loc, found.scale_tril, weights, fixed=True).log_each, x).softmax(-1)
         found, weights = _moments(found, x, of_each * w[:, None])
         ess = effective_sample_size(log_w)
         if ess > ENOUGH * len(x) or (k + 1 >= PATIENCE and ess < target.dim) or late():
@@ -51,7 +51,7 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
         if k < UNTIL:
             found, weights = _with_births(found, weights, x, w, of_each)
     kept = weights > LEAST
-    return Mixture(found.loc[kept], found.scale_tril[kept], weights[kept])
+    return Mixture(found.loc[kept], found.scale_tril[kept], weights[kept], fixed=True)
 
 
 def whitened(mixture: Mixture) -> tuple[Mixture, Fixed]:

@@ -37,7 +37,7 @@ def _wave(target: Target, optima: Gaussians) -> Tensor:
     far = centre + (far @ spread.mT if target.dim <= FEW_DIMS else far * size)
     noise = AROUND * torch.randn(CANDIDATES, target.dim, **like)
     around = centre + torch.cat([noise[::2] @ spread.mT, noise[1::2] * size])
-    explained = Mixture(optima.loc, optima.scale_tril, df=5.0).requires_grad_(False)
+    explained = Mixture(optima.loc, optima.scale_tril, df=5.0, fixed=True)
     ratio = log_density(target, around) - in_blocks(explained.log_prob, around)
     best = ratio.argsort(descending=True)[: CANDIDATES // 4]
     return torch.cat([fresh, far, around[best[torch.randperm(len(best))[: STARTS // 2]]]])
