@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..flows.distribution import Flow
 from ..inference import store
-from ..inference.correct import anneal
+from ..inference.correct.anneal import anneal, resample
+from ..inference.correct.chains import mcmc
 from ..inference.judge.fitted import Fitted
-from ..inference.rehearse import rehearse
-from ..inference.rehearse.rehearse import Rehearsal
+from ..inference.rehearse.rehearse import Rehearsal, rehearse
 from ..targets.target import Target
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Posterior(Fitted):
         Returns a Posterior of the same flow and evidence, whose ``proposal`` holds these draws; "corrected" where this
         one could be claimed, else "unreliable". Raises ValueError for num_draws < 100.
         """
-        return anneal.resample(self, num_draws, seed)
+        return resample(self, num_draws, seed)
 
     def anneal(
         self,
@@ -112,7 +112,7 @@ class Posterior(Fitted):
 
         Raises ValueError for arguments out of range, without target or flow, and if m does not reach the target.
         """
-        return anneal.anneal(self, particles, replicates, seed, progress, threads)
+        return anneal(self, particles, replicates, seed, progress, threads)
 
     def mcmc(
         self,
@@ -143,7 +143,7 @@ class Posterior(Fitted):
 
         Raises ValueError for arguments out of range and without target or flow.
         """
-        return chains.mcmc(self, method, chains, num_draws, warmup, seed, progress, threads)
+        return mcmc(self, method, chains, num_draws, warmup, seed, progress, threads)
 
     def rehearse(self, k: int = 20, seed: int = 0, **options: Any) -> Rehearsal:
         """Check fits of this model by k data sets drawn from the fit, each refitted together with the real data.
@@ -153,7 +153,7 @@ class Posterior(Fitted):
         :func:`vi_flows.inference.rehearse.rehearse`. Raises ValueError for a density, and for a model whose data cannot
         be simulated.
         """
-        self.rehearsal = rehearse.rehearse(self, k, seed, **options)
+        self.rehearsal = rehearse(self, k, seed, **options)
         return self.rehearsal
 
     def save(self, path: str | Path) -> Path:
