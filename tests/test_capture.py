@@ -18,7 +18,7 @@ import vi_flows as vf
 from vi_flows.inference.train import step as steps_module
 from vi_flows.inference.train.loop import train
 from vi_flows.inference.train.objectives import elbo
-from vi_flows.inference.train.step import Flat, Gradient, Step
+from vi_flows.inference.train.step import Flat, Gradient, ReverseKL
 from vi_flows.targets import PyroModel
 from vi_flows.targets.capture import WAIT, Captured
 from vi_flows.targets.recording import METHODS, QUICK, NotRecordedError, Program, Recorder
@@ -284,7 +284,7 @@ def test_a_recorder_sees_operations_only_while_it_is_active():
 
 def gradient_of(recipe, target, path=True, **kwargs):
     torch.manual_seed(0)
-    step = Step(getattr(vf.recipes, recipe)(target.dim).double(), target, elbo, path)
+    step = ReverseKL(getattr(vf.recipes, recipe)(target.dim).double(), target, elbo, path)
     flat = Flat(step)
     return Gradient(step, flat, **kwargs), flat.vector, step.flow.base
 

@@ -12,8 +12,8 @@ import vi_flows as vf
 from vi_flows.inference.estimate.psis import khat, khat_upper, smooth
 from vi_flows.inference.estimate.quantities import estimate, flatten, resample
 from vi_flows.inference.estimate.weights import effective_sample_size, log_mean, log_mean_se, log_weights, mean_elbo
-from vi_flows.inference.train.loop import Flat, Step
 from vi_flows.inference.train.objectives import elbo, iwae, renyi
+from vi_flows.inference.train.step import Flat, ReverseKL
 
 
 def gaussian_flow(dim: int, mean: float, sd: float) -> vf.Flow:
@@ -65,7 +65,7 @@ def test_path_gradient_has_the_mean_of_the_total_gradient(recipe):
     target = normal_target(2, 0.4, 1.3)
     gradients = {}
     for path in (False, True):
-        step = Step(flow, target, path=path)
+        step = ReverseKL(flow, target, path=path)
         rows = []
         for _ in range(60):
             loss, _ = step(flow.base.noise((500,)))
@@ -80,7 +80,7 @@ def test_path_gradient_has_the_mean_of_the_total_gradient(recipe):
 
 def test_path_gradient_is_zero_at_the_target():
     flow = gaussian_flow(2, 0.3, 1.4)
-    step = Step(flow, normal_target(2, 0.3, 1.4), path=True)
+    step = ReverseKL(flow, normal_target(2, 0.3, 1.4), path=True)
     loss, _ = step(flow.base.noise((100,)))
     (gradient,) = torch.autograd.grad(loss, list(step.parameters()))
     assert float(gradient.abs().max()) < 1e-6
@@ -88,7 +88,7 @@ def test_path_gradient_is_zero_at_the_target():
 
 def test_path_with_another_objective_is_refused():
     with pytest.raises(ValueError, match="path: the path gradient belongs to the ELBO"):
-        Step(vf.recipes.planar(2), normal_target(2), objective=partial(renyi, alpha=0.5), path=True)
+        ReverseKL(vf.recipes.planar(2), normal_target(2), objective=partial(renyi, alpha=0.5), path=True)
 
 
 def test_flat_parameters_round_trip():

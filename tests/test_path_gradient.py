@@ -18,7 +18,7 @@ from vi_flows.flows.lowrank import Radial
 from vi_flows.flows.parameters import Parametric
 from vi_flows.guides.auto_flow import PathScored
 from vi_flows.inference.train import step as steps_module
-from vi_flows.inference.train.step import Flat, Gradient, Step
+from vi_flows.inference.train.step import Flat, Gradient, ReverseKL
 
 VARIANTS = {name: (name, {}) for name in recipes.__all__} | {
     "householder": ("sylvester", {"kind": "householder"}),
@@ -136,7 +136,7 @@ def test_the_mean_is_that_of_the_total_gradient(variant):
     target = vf.LogDensity(lambda x: -0.4 * (x - 0.3).square().sum(-1) - 0.1 * x.pow(4).sum(-1), dim=2)
     mean, variance = {}, {}
     for path in (True, False):
-        step = Step(flow, target, path=path)
+        step = ReverseKL(flow, target, path=path)
         steps = Gradient(step, Flat(step), record=False)
         rows = torch.stack([steps(steps.flat.vector, flow.base.noise((500,)))[0] for _ in range(40)])
         mean[path], variance[path] = rows.mean(0), rows.var(0) / len(rows)
@@ -148,7 +148,7 @@ def test_the_mean_is_that_of_the_total_gradient(variant):
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - set(recipes.__all__)))  # the others: test_capture.py
 def test_recorded_steps_are_eager_ones(variant):
     flow = build(variant, 3, sd=0.05)
-    step = Step(flow, vf.LogDensity(lambda x: -x.square().sum(-1) - 0.1 * x.pow(4).sum(-1), dim=3), path=True)
+    step = ReverseKL(flow, vf.LogDensity(lambda x: -x.square().sum(-1) - 0.1 * x.pow(4).sum(-1), dim=3), path=True)
     steps = Gradient(step, Flat(step))
     for _ in range(steps_module.WAIT + 2):
         noise = flow.base.noise((16,))

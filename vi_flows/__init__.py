@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import testing
+from . import flows, testing
 from .errors import DivergedError
 from .fitting.diagnose import diagnose
 from .fitting.fit import fit
@@ -39,6 +39,7 @@ __all__ = [
     "catalogue",
     "diagnose",
     "fit",
+    "flows",
     "load",
     "log_weights",
     "recipes",

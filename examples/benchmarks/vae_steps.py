@@ -29,7 +29,7 @@ from rows import wanted
 from torch import Tensor, nn
 
 from vi_flows.vae import POSTERIORS, Architecture, build
-from vi_flows.vae.training import Loss, Options, begin
+from vi_flows.vae.training import NegativeBound, Options, begin
 
 LATENT, CONTEXT, LAYERS = 64, 256, 4
 WIDTHS = {"iaf": {"hidden": (320,)}}
@@ -94,7 +94,7 @@ def our_step(x: Tensor, posterior: str) -> Callable[[], None]:
     options = WIDTHS.get(posterior, {})
     architecture = Architecture((1, 28, 28), LATENT, posterior=posterior, posterior_options=options)
     state = begin(build(architecture), Options())
-    loss = Loss(state.vae, Options())
+    loss = NegativeBound(state.vae, Options())
 
     def step() -> None:
         noise = state.vae.posterior.base.noise((1, len(x)))

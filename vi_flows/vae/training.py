@@ -21,6 +21,7 @@ from ..errors import DivergedError
 from ..flows.distribution import Flow
 from ..flows.parameters import Conditioned, Parametric
 from ..flows.univariate import Univariate
+from ..inference.train.step import Loss
 from .bounds import bound
 from .data import Images
 from .distributed import ALONE, Workers
@@ -102,7 +103,7 @@ class Options:
         return asdict(self)
 
 
-class Loss(nn.Module):
+class NegativeBound(Loss):
     """A step's loss as a module, so that it can be distributed: forward(x, noise, β) -> loss, and what it is made of.
 
     The loss is minus the objective, averaged over ``rows``, those of the whole batch, of which x are a process's share.
@@ -202,7 +203,7 @@ def train(
         state.vae.encoder.compile()
         state.vae.decoder.compile()
     state.vae.mixed = options.precision == "mixed"
-    loss = processes.module(Loss(state.vae, options, processes))
+    loss = processes.module(NegativeBound(state.vae, options, processes))
     while state.epoch < options.epochs and not out_of_patience(state, options):
         for x in _batches(state, images, options):
             began = time.monotonic()

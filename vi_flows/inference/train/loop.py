@@ -1,4 +1,4 @@
-"""The one training loop: a pure step of (flat parameters, noise), Adam on one tensor, rules to go on or stop."""
+"""The one training loop: a pure step of (flat parameters, batch), Adam on one tensor, rules to go on or stop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ...errors import DivergedError
 from ...flows.distribution import Flow
 from ...targets.target import Target
 from .objectives import Objective, elbo
-from .step import Flat, Gradient, Step
+from .source import Noise, Source
+from .step import Flat, Gradient, Loss, ReverseKL
 
 WINDOW = 50  # steps over which losses and gradient norms are compared
 SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
-WIDENED, WIDER = 0.25, 0.75  # share of a path-gradient step's noise that is stretched by 1 + 0.75/√D into q's tails
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
 CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
 GIVEN_UP_FROM = 4 * WINDOW  # steps, from where a fit may be given up: before, those that end well may look as bad
@@ -82,15 +82,31 @@ def train(
     DivergedError after the fourth roll-back; ValueError if more than 20 % of a window's draws have log p = −inf.
     Ctrl-C ends training with the average so far, and says so in ``reason``.
     """
-    step = Step(copy.deepcopy(flow), target, objective, path)
-    loop = _Loop(step, steps, particles, lr, Gradient(step, Flat(step), bool(record), compile))
+    loss = ReverseKL(copy.deepcopy(flow).train(), target, objective, path)
+    source = Noise(loss.flow.base, particles, stretched=path)
+    loop = _Loop(loss, source, steps, lr, Gradient(loss, Flat(loss), bool(record), compile))
+    result = Training(loss.flow)
+    _run(loop, result, max_seconds, give_up, report or (lambda *progress: None))
+    result.note = loop.gradient.note
+    if record is True and loop.gradient.refused:
+        result.note = f"capture: the training step was not recorded: {loop.gradient.refused}"
+    return result
+
+
+def _run(
+    loop: _Loop,
+    result: Training,
+    max_seconds: float | None,
+    give_up: bool,
+    report: Callable[[int, int, float], None],
+) -> None:
+    """Steps until the loop is finished or time is up; then the averaged iterates are the parameters of the loss."""
     give_up = give_up and max_seconds is None
-    result, began = Training(loop.step.flow), time.monotonic()
+    began = time.monotonic()
     try:
-        for i in range(steps):
+        for i in range(loop.steps):
             loop.advance(i, result)
-            if report is not None:
-                report(i + 1, loop.ends_at, statistics.fmean(result.elbo[-WINDOW:] or [math.nan]))
+            report(i + 1, loop.ends_at, statistics.fmean(result.elbo[-WINDOW:] or [math.nan]))
             if max_seconds is not None and time.monotonic() - began > max_seconds:
                 result.reason = f"the time limit of {max_seconds:g} s was reached"
                 break
@@ -98,23 +114,18 @@ def train(
                 break
     except KeyboardInterrupt:
         result.reason = f"interrupted at step {len(result.elbo)}"
-    loop.flat.store(loop.step, loop.average())
-    result.note = loop.gradient.note
-    if record is True and loop.gradient.refused:
-        result.note = f"capture: the training step was not recorded: {loop.gradient.refused}"
+    loop.flat.store(loop.loss, loop.average())
     result.seconds = time.monotonic() - began
-    return result
 
 
 class _Loop:
     """The state of one training run."""
 
-    def __init__(self, step: Step, steps: int, particles: int, lr: float, gradient: Gradient):
-        self.step, self.steps, self.particles, self.lr = step, steps, particles, lr
+    def __init__(self, loss: Loss, source: Source, steps: int, lr: float, gradient: Gradient):
+        self.loss, self.source, self.steps, self.lr = loss, source, steps, lr
         self.flat, self.gradient = gradient.flat, gradient
         self.vector = self.flat.vector.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
-        self.widened = int(WIDENED * particles) if step.path and step.flow.base.normals else 0
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
         self.variances: deque[float] = deque(maxlen=WINDOW)
         self.spreads: list[float] = []  # the median variance of each window
@@ -125,12 +136,6 @@ class _Loop:
         self.good = self._checkpoint()
         self.mean, self.count = self.vector.detach().clone(), 0
 
-    def _noise(self) -> Tensor:
-        base = self.step.flow.base
-        noise = base.noise((self.particles,))
-        noise[self.particles - self.widened :, : base.normals] *= 1 + WIDER / base.dim**0.5
-        return noise
-
     def rate(self, i: int) -> float:
         if i < self.decay_from:
             return self.lr * min(1.0, (i + 1) / self.warm_up)
@@ -140,8 +145,8 @@ class _Loop:
     def advance(self, i: int, result: Training) -> None:
         """One Adam step; a bad one is undone."""
         self.optimizer.param_groups[0]["lr"] = self.rate(i)
-        gradient, log_w = self.gradient(self.vector, self._noise())
-        log_w = log_w[: len(log_w) - self.widened]
+        gradient, log_w = self.gradient(self.vector, self.source.batch())
+        log_w = log_w[: self.source.told]
         alive = log_w[log_w > -torch.inf]
         result.lost += len(log_w) - len(alive)
         result.drawn += len(log_w)

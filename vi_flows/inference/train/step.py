@@ -24,11 +24,20 @@ AGREEMENT = 1e-6  # of a recorded step with the eager one, relative to the large
 Pair = tuple[Tensor, Tensor]
 
 
-class Step(nn.Module):
-    """The loss of one training step as a module, so that ``functional_call`` makes it pure in its parameters.
+class Loss(nn.Module):
+    """What a training step makes small, as a module, so that ``functional_call`` makes it pure in its parameters.
 
-    forward(noise) -> (loss, log_w): the negative objective over the draws with finite log-weights. The path gradient
-    belongs to the ELBO (in other objectives it is biased: use their own estimators).
+    forward(batch, ...) -> (loss, told): a scalar, and values without a graph by which training is watched: log-weights,
+    row by row, or sums over rows. failed_rows: at how many rows a matrix routine has raised so far.
+    """
+
+    failed_rows = 0
+
+
+class ReverseKL(Loss):
+    """forward(noise) -> (loss, log_w): the negative objective over the draws of q with finite log-weights.
+
+    The path gradient belongs to the ELBO (in other objectives it is biased: use their own estimators).
     """
 
     def __init__(self, flow: Flow, target: Target, objective: Objective = elbo, path: bool = False):
@@ -36,6 +45,10 @@ class Step(nn.Module):
         if path and objective is not elbo:
             raise ValueError("path: the path gradient belongs to the ELBO; use path=False with any other objective")
         self.flow, self.target, self.objective, self.path = flow, target, objective, path
+
+    @property
+    def failed_rows(self) -> int:
+        return self.target.failed_rows
 
     def forward(self, noise: Tensor) -> Pair:
         log_w = log_weights(self.flow, self.target, noise, self.path).log_w
@@ -63,60 +76,59 @@ class Flat:
 
 
 class Gradient:
-    """(gradient, log_w) of a step at (vector, noise): eagerly, then as recorded operations, or compiled ones.
+    """(gradient, told) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
 
     A step is recorded once it has run ``WAIT`` times, from the first if it is to be compiled, and checked against the
-    eager one on another vector and other noise. Where a recorded step raises (a Cholesky, say) the eager one decides.
+    eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say) the eager one decides.
 
     refused: why steps cannot be recorded, or "". note: why they are not compiled although asked to be, or "".
     """
 
-    def __init__(self, step: Step, flat: Flat, record: bool = True, compiled: bool = False):
-        self.step, self.flat = step, flat
+    def __init__(self, loss: Loss, flat: Flat, record: bool = True, compiled: bool = False):
+        self.loss, self.flat = loss, flat
         self.record, self.compiled = record or compiled, compiled
         self.program: Program | None = None
         self.run: Callable[[Tensor, Tensor], Pair] | None = None
         self.refused = self.note = ""
         self.calls = 0
 
-    def __call__(self, vector: Tensor, noise: Tensor) -> Pair:
+    def __call__(self, vector: Tensor, batch: Tensor) -> Pair:
         self.calls += 1
         if self.run is None and self.record and (self.compiled or self.calls > WAIT):
             self.calls = 0
-            self._record(vector.detach(), noise)
+            self._record(vector.detach(), batch)
         if self.run is None:
-            return self.eagerly(vector, noise)
-        return self._recorded(vector, noise) or self.eagerly(vector, noise)
+            return self.eagerly(vector, batch)
+        return self._recorded(vector, batch) or self.eagerly(vector, batch)
 
-    def eagerly(self, vector: Tensor, noise: Tensor) -> Pair:
+    def eagerly(self, vector: Tensor, batch: Tensor) -> Pair:
         vector = vector.detach().requires_grad_()
         with torch.enable_grad():
-            loss, log_w = functional_call(self.step, self.flat.views(vector), (noise,))
+            loss, told = functional_call(self.loss, self.flat.views(vector), (batch,))
             (gradient,) = torch.autograd.grad(loss, vector)
-        return gradient, log_w
+        return gradient, told
 
-    def _recorded(self, vector: Tensor, noise: Tensor) -> Pair | None:
+    def _recorded(self, vector: Tensor, batch: Tensor) -> Pair | None:
         """By the recorded operations; None where they raise, or where compiling has taken out what would have."""
         if not self.program.current():
             self.run = None
             return None
         try:
             with torch.no_grad():
-                gradient, log_w = self.run(vector.detach(), noise)
+                gradient, told = self.run(vector.detach(), batch)
         except RuntimeError:  # LinAlgError is one
             return None
-        return (gradient, log_w) if not self.compiled or bool(gradient.isfinite().all()) else None
+        return (gradient, told) if not self.compiled or bool(gradient.isfinite().all()) else None
 
-    def _record(self, vector: Tensor, noise: Tensor) -> None:
-        target = self.step.target
-        failed = target.failed_rows
+    def _record(self, vector: Tensor, batch: Tensor) -> None:
+        failed = self.loss.failed_rows
         try:
-            other = vector * (1 + 1e-3), noise.flip(0)
-            self.program = Program(self.eagerly, vector, noise, traceable=self.compiled)
+            other = vector * (1 + 1e-3), batch.flip(0)
+            self.program = Program(self.eagerly, vector, batch, traceable=self.compiled)
             expected = self.eagerly(*other)
-            if target.failed_rows > failed:
+            if self.loss.failed_rows > failed:
                 return  # these operations go around a row that failed: record another step
-            run = _compile(self.program.run, vector, noise) if self.compiled else self.program
+            run = _compile(self.program.run, vector, batch) if self.compiled else self.program
             with torch.no_grad():
                 if not agree(run(*other), expected, AGREEMENT):
                     raise NotRecordedError("it differs from the eager step")
