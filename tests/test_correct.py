@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference.correct import anneal as correct
 from vi_flows.inference.correct import smc as annealing
+from vi_flows.inference.correct.draws import bridge, quantities_of, replicate_se, with_errors
+from vi_flows.inference.estimate.quantities import estimate
+from vi_flows.inference.estimate.weights import Weights, log_mean
 from vi_flows.inference.judge.check import Check, Role
 from vi_flows.inference.judge.proposal import DefensiveProposal
 from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
@@ -275,13 +279,15 @@ def test_standard_errors_are_those_over_the_replicates():
     target = gaussian([0.0], [1.0], 0.0)
     x, log_z = torch.randn(300, 1, dtype=torch.float64), torch.tensor([0.1, -0.2, 0.4]).double()
     log_p = target.log_prob(x)
-    draws = vf.inference.weights.Weights(x, log_p - log_z.repeat_interleave(100), log_p)
-    _, _, over = correct._estimates(target, draws, log_z)
+    draws = Weights(x, log_p - log_z.repeat_interleave(100), log_p)
+    _, theta, _ = quantities_of(target, draws)
+    error = partial(correct._error_over_runs, share=log_z.softmax(0))
+    over = with_errors(estimate(theta, draws.log_w), theta, error)
     z, means = log_z.exp(), x.reshape(3, 100).mean(1)
     mean = (z * means).sum() / z.sum()
     assert over.mean[0] == pytest.approx(float(mean))
     assert over.mean_se[0] == pytest.approx(float(((z / z.sum()) ** 2 * (means - mean) ** 2).sum().mul(3 / 2).sqrt()))
-    assert correct.replicate_se(log_z) == pytest.approx(float(z.std() / z.mean() / math.sqrt(3)))
+    assert replicate_se(log_z) == pytest.approx(float(z.std() / z.mean() / math.sqrt(3)))
 
 
 def test_verdict(wrong, annealed):
@@ -307,7 +313,7 @@ def test_good_fit_is_corrected():
 def test_posterior_of_the_same_kind(wrong, annealed, tmp_path):
     assert type(annealed) is type(wrong)
     assert annealed.flow is wrong.flow
-    assert annealed.log_evidence == pytest.approx(vf.inference.weights.log_mean(annealed.proposal.log_w))
+    assert annealed.log_evidence == pytest.approx(log_mean(annealed.proposal.log_w))
     assert "anneal" not in wrong.settings.corrections
     done = json.loads(json.dumps(annealed.settings.corrections["anneal"]))
     assert done["temperatures"][-1] == 1.0
@@ -444,8 +450,8 @@ def test_bridge_needs_no_draws_of_the_proposal_where_those_of_p_are():
     inside = 0.5 * math.erfc(-1.5 / math.sqrt(2))
     log_w = torch.where(of_p > -1.5, 3.0 + math.log(inside), math.inf)
     of_m = torch.full_like(of_m[of_m > -1.5], 3.0 + math.log(inside))
-    assert vf.inference.weights.log_mean(of_m) == pytest.approx(3 + math.log(inside))
-    assert correct.bridge(of_m, log_w) == pytest.approx(3.0, abs=0.005)
+    assert log_mean(of_m) == pytest.approx(3 + math.log(inside))
+    assert bridge(of_m, log_w) == pytest.approx(3.0, abs=0.005)
 
 
 def test_a_neck_is_annealed_by_moves_of_scales():

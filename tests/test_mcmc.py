@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,7 @@ from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference.correct import chains as mcmc
 from vi_flows.inference.correct import independence, neutra
+from vi_flows.inference.correct.draws import with_errors
 from vi_flows.inference.estimate.quantities import estimate
 from vi_flows.inference.judge.check import Check, Role, Verdict
 
@@ -73,7 +75,9 @@ def weights_of(posterior):
 def standard_errors(posterior):
     """z-scores of means, and errors of the sds, against the correlated Gaussian's."""
     x, chains = posterior.proposal.x, posterior.settings.corrections["mcmc"]["chains"]
-    values = mcmc._estimates(x, estimate(x, torch.zeros(len(x), dtype=x.dtype)), chains)
+    values = with_errors(
+        estimate(x, torch.zeros(len(x), dtype=x.dtype)), x, partial(mcmc._error_of_chains, chains=chains)
+    )
     sd = COVARIANCE.diagonal().sqrt()
     return (values.mean - LOC) / values.mean_se, (values.sd / sd).log() / values.log_sd_se
 
@@ -397,13 +401,13 @@ def test_agreement_tells_a_missed_mode():
     log_w = 0.3 * torch.randn(40_000, dtype=torch.float64)
     weighted = estimate(x, log_w)
     one = 6 + torch.randn(2000, 1, dtype=torch.float64)
-    values = mcmc._estimates(one, estimate(one, torch.zeros(2000).double()), 4)
+    values = with_errors(estimate(one, torch.zeros(2000).double()), one, partial(mcmc._error_of_chains, chains=4))
     mixed, _ = mcmc._mixing(["x"], one, 4)
     assert mixed.passed
     check = mcmc._agreement(["x"], one, values, weighted, log_w)
     assert not check.passed
     both = x[torch.randperm(len(x))[:2000]]
-    values = mcmc._estimates(both, estimate(both, torch.zeros(2000).double()), 4)
+    values = with_errors(estimate(both, torch.zeros(2000).double()), both, partial(mcmc._error_of_chains, chains=4))
     assert mcmc._agreement(["x"], both, values, weighted, log_w).passed
 
 
@@ -423,6 +427,8 @@ def test_errors_are_those_of_autocorrelated_chains():
     for t in range(1, n):
         x[:, t] = rho * x[:, t - 1] + math.sqrt(1 - rho**2) * x[:, t]
     flat = x.reshape(-1, 1)
-    values = mcmc._estimates(flat, estimate(flat, torch.zeros(len(flat)).double()), chains)
+    values = with_errors(
+        estimate(flat, torch.zeros(len(flat)).double()), flat, partial(mcmc._error_of_chains, chains=chains)
+    )
     assert float(values.mean_se) == pytest.approx(math.sqrt((1 + rho) / (1 - rho) / (n * chains)), rel=0.15)
     assert float(values.log_sd_se) == pytest.approx(math.sqrt((1 + rho**2) / (1 - rho**2) / (2 * n * chains)), rel=0.15)

@@ -15,23 +15,22 @@ from ...arguments import whole
 from ...progress import Progress
 from ...running import Clock, seeded
 from ...running import threads as torch_threads
-from ...targets.target import Target
-from ..bounds import AGREEMENT, EVIDENCE_SE, KHAT_BOUND, MISSING_MASS, UNEVEN
+from ..bounds import AGREEMENT, KHAT_BOUND, MISSING_MASS, UNEVEN
 from ..estimate.psis import khat, khat_upper, resampling_weights
-from ..estimate.quantities import Estimates, carrying, estimate, flatten, vary
+from ..estimate.quantities import Estimates, estimate
 from ..estimate.quantities import resample as by_weight
-from ..estimate.weights import Weights, effective_sample_size, log_mean, log_mean_se
-from ..judge.check import CARRIED, Check, Role, Verdict
+from ..estimate.weights import Weights, effective_sample_size, log_mean
+from ..judge.check import CARRIED, Check, Role
 from ..judge.checks import precision, sds
 from ..judge.fitted import Fitted
 from ..judge.latent import Path, Rung
-from ..judge.necks import Walk, necks, scale_moves
+from ..judge.necks import necks
 from ..judge.proposal import DefensiveProposal
 from ..locate.points import DENSE_DIMS
+from .draws import bridge, evidence, quantities_of, replicate_se, walk_of_necks, with_draws, with_errors
 from .smc import KEPT, MOST_RUNGS, Run, pilot, run
 
 ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
-BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
 LEAD = "use weighted draws (the default of sample): they were annealed"
 
 
@@ -97,14 +96,6 @@ def anneal(
     return dataclasses.replace(result, settings=posterior.settings.corrected("anneal", how), timing=timing)
 
 
-def walk_of_necks(posterior: Fitted) -> Walk | None:
-    """Moves of scales, where the weighted draws do not reach where a scale is small (or large); else None."""
-    target, draws = posterior.target, posterior.proposal
-    with seeded(0):  # whatever is drawn here, the rest is what it would be without
-        checks = [c for c in posterior.verdict.checks if c.role is Role.NECK] or necks(target, draws)
-        return None if all(check.passed for check in checks) else scale_moves(target, draws)
-
-
 def _afford(seconds: float, needed: float) -> None:
     if needed > seconds:
         raise ValueError(
@@ -161,7 +152,9 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
     # in the form of importance weights: log q = log p − log Ẑ_r, so that draws of run r weigh Ẑ_r
     log_q = torch.cat([r.log_p - r.log_z if r.log_z > -math.inf else -r.log_p for r in runs])
     weights = Weights(torch.cat([r.x for r in runs]), log_q, torch.cat([r.log_p for r in runs]))
-    names, independent, values = _estimates(posterior.target, weights, log_z.to(log_q))
+    names, theta, _ = quantities_of(posterior.target, weights)
+    independent = estimate(theta, weights.log_w)
+    values = with_errors(independent, theta, functools.partial(_error_over_runs, share=log_z.to(log_q).softmax(0)))
     checks = [
         precision(names, values),
         sds(names, values),
@@ -173,61 +166,27 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (
-        f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
+        f"{len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
         f"errors over the runs are, in the median, {more:.1f} times those of independent draws, which summary() shows."
         + (" Scales were moved, and log evidence is a bridge from the proposal to the draws." if bridged else "")
     )
-    return dataclasses.replace(
-        posterior,
-        verdict=Verdict.of(checks, LEAD),
-        proposal=weights,
-        log_evidence=level,
-        log_evidence_se=se,
-        skipped=sum(r.skipped for r in runs),
-        notes=(*(n for n in posterior.notes if not n.startswith("anneal:")), note),
-        stored=None,
-    )
+    result = with_draws(posterior, "anneal", weights, checks, (level, se), note, LEAD)
+    return dataclasses.replace(result, skipped=sum(r.skipped for r in runs))
 
 
-def replicate_se(log_z: Tensor) -> float:
-    """Standard error of log mean Ẑ_r over R replicates log_z (R,): sd(Ẑ)/(mean Ẑ √R)."""
-    return log_mean_se(log_z) * math.sqrt(len(log_z) / (len(log_z) - 1))
+def _error_over_runs(h: Tensor, share: Tensor) -> Tensor:
+    """Standard errors (Q,) of means of h (R · n, Q), of which run r has the share W_r = Ẑ_r/ΣẐ.
 
-
-def _estimates(target: Target, draws: Weights, log_z: Tensor) -> tuple[list[str], Estimates, Estimates]:
-    """Names and estimates of the quantities, with standard errors as of independent draws, and over the replicates.
-
-    An estimate is h = Σ_r W_r h_r with W_r = Ẑ_r/ΣẐ and h_r the mean over the draws of run r, and
-    se² = R/(R−1) Σ W_r² (h_r − h)².
+    An estimate is Σ_r W_r h_r, with h_r the mean over the draws of run r, and se² = R/(R−1) Σ W_r² (h_r − h)².
     """
-    names, theta = flatten(target.constrain(draws.x))
-    columns = vary(theta[carrying(draws.log_w)])
-    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
-    values, share = estimate(theta, draws.log_w), log_z.softmax(0)
-
-    def error(h: Tensor) -> Tensor:
-        means = h.reshape(len(log_z), -1, h.shape[-1]).mean(1)
-        means = torch.where(share[:, None] > 0, means, 0.0)  # where nothing weighs, nothing need be finite
-        spread = share.square() @ (means - share @ means).square()
-        return (len(log_z) / (len(log_z) - 1) * spread).sqrt()
-
-    spread = ((theta - values.mean) / values.sd).square() / 2
-    over = dataclasses.replace(
-        values,
-        mean_se=error(theta),
-        log_sd_se=error(spread),
-        probability_se=torch.stack([error((theta <= point).to(theta.dtype)) for point in values.quantiles]),
-    )
-    return names, values, over
+    means = h.reshape(len(share), -1, h.shape[-1]).mean(1)
+    means = torch.where(share[:, None] > 0, means, 0.0)  # where nothing weighs, nothing need be finite
+    spread = share.square() @ (means - share @ means).square()
+    return (len(share) / (len(share) - 1) * spread).sqrt()
 
 
 def _errors(a: Estimates, b: Estimates) -> list[tuple[Tensor, Tensor]]:
     return [(getattr(a, name), getattr(b, name)) for name in ("mean_se", "log_sd_se", "probability_se")]
-
-
-def evidence(se: float) -> Check:
-    sentence = f"the standard error of log Ẑ over the runs is {se:.4f}"
-    return Check.of("evidence", se, EVIDENCE_SE, sentence, f"{sentence}, not below {EVIDENCE_SE}")
 
 
 def _agreement(posterior: Fitted, level: float, se: float) -> Check:
@@ -255,22 +214,6 @@ def _settled(early: Tensor, late: Tensor) -> Check:
     sentence = f"log Ẑ changed by {float(drift.mean()):+.4f} over the last moves of scales"
     otherwise = f"{sentence}, not seen to be within {MISSING_MASS / 2}: they have not come to the end of a neck"
     return Check.of("settled", statistic, MISSING_MASS / 2, sentence, otherwise)
-
-
-def bridge(log_w: Tensor, log_w_of_p: Tensor) -> float:
-    r"""log Z from log-weights log p − log m of draws of m (N,) and of draws of p (M,) (Meng & Wong 1996): the Z where
-
-    .. math:: Z = \frac{\text{mean}_m\, w / (N w + M Z)}{\text{mean}_p\, 1 / (N w + M Z)}.
-
-    Where m never draws, w is large, and such draws of p count as nothing on either side: what m leaves out does not
-    bias Z, as long as p's draws have it.
-    """
-    n, m = math.log(len(log_w)), math.log(len(log_w_of_p))
-    log_z = log_w.new_tensor(log_mean(log_w))
-    for _ in range(BRIDGED):
-        of_m = log_w - torch.logaddexp(n + log_w, m + log_z)
-        log_z = of_m.logsumexp(0) - n - (-torch.logaddexp(n + log_w_of_p, m + log_z)).logsumexp(0) + m
-    return float(log_z)
 
 
 def _steps(runs: list[Run]) -> list[Check]:

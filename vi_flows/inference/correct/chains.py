@@ -19,16 +19,16 @@ from ...running import threads as torch_threads
 from ..bounds import AGREEMENT, BFMI, DISTANCE, DIVERGENT, KHAT_BOUND, LEAST_ESS, RHAT, SHIFT
 from ..estimate.evaluate import in_blocks
 from ..estimate.psis import import_arviz, khat, khat_upper, resampling_weights
-from ..estimate.quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, resample_along, vary
+from ..estimate.quantities import PROBABILITIES, Estimates, carrying, estimate, flatten, resample_along
 from ..estimate.weights import Weights, log_mean
-from ..judge.check import Check, Role, Verdict
+from ..judge.check import Check, Role
 from ..judge.checks import PROBABILITY_SE, SHIFTS, precision, sds, tails, tails_of_means, unseen_moments
 from ..judge.fitted import Fitted
 from ..judge.latent import Path
 from ..judge.necks import necks
 from ..judge.proposal import DefensiveProposal
 from . import independence, neutra
-from .anneal import bridge, evidence, replicate_se, walk_of_necks
+from .draws import bridge, evidence, quantities_of, replicate_se, walk_of_necks, with_draws, with_errors
 from .smc import rescaled
 
 HAMILTONIAN = ("nuts", "hmc")
@@ -164,13 +164,13 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
     x, log_p = made.x.flatten(0, 1), made.log_p.flatten()
     # in the form of importance weights: log q = log p − log Ẑ, so that all weigh the same
     even = torch.full_like(log_p, -math.log(len(log_p)), dtype=torch.float64)
-    names, theta = flatten(posterior.target.constrain(x))
-    columns = vary(theta)
+    drawn = Weights(x, even, torch.zeros_like(even))
+    names, theta, columns = quantities_of(posterior.target, drawn)
     if not len(columns):
         raise ValueError("mcmc: expected chains that move, got none that does; start elsewhere by another seed= or fit")
-    names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     independent = estimate(theta, even)
-    values, mixing = _estimates(theta, independent, len(made.x)), _mixing(names, theta, len(made.x))
+    values = with_errors(independent, theta, functools.partial(_error_of_chains, chains=len(made.x)))
+    mixing = _mixing(names, theta, len(made.x))
     unseen = unseen_moments(theta, values, even, len(theta))
     checks = [
         *mixing,
@@ -180,22 +180,13 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
         sds(names, values, unseen),
         *_beside_weights(posterior, made, names, theta, columns, values),
         *posterior.verdict.carried(),
-        *necks(posterior.target, Weights(x, even, torch.zeros_like(even))),
+        *necks(posterior.target, drawn),
     ]
     note = _note(made, float((values.mean_se / independent.mean_se).nanmedian()))
     level, error = made.evidence or (posterior.log_evidence, posterior.log_evidence_se)
     how = {"rhat": mixing[0].statistic, "ess": LEAST_ESS / mixing[1].statistic, **made.how}
-    return dataclasses.replace(
-        posterior,
-        verdict=Verdict.of(checks, LEAD),
-        proposal=Weights(x, log_p - level, log_p),
-        log_evidence=level,
-        log_evidence_se=error,
-        notes=(*(n for n in posterior.notes if not n.startswith("mcmc:")), note),
-        settings=posterior.settings.corrected("mcmc", how),
-        timing=dict(posterior.timing),
-        stored=None,
-    )
+    result = with_draws(posterior, "mcmc", Weights(x, log_p - level, log_p), checks, (level, error), note, LEAD)
+    return dataclasses.replace(result, settings=posterior.settings.corrected("mcmc", how))
 
 
 def _beside_weights(
@@ -215,7 +206,7 @@ def _note(made: Chains, more: float) -> str:
     weights = "k̂ and ESS are those of the fit's importance weights"
     bridge_of = "log evidence is a bridge from the proposal to the states, "
     return (
-        f"mcmc: {made.words}; standard errors of means over the chains are, in the median, {more:.1f} times those of "
+        f"{made.words}; standard errors of means over the chains are, in the median, {more:.1f} times those of "
         f"independent draws, which summary() shows. {bridge_of if made.evidence else 'log evidence, '}{weights}."
     )
 
@@ -225,20 +216,11 @@ def _per_chain(theta: Tensor, chains: int) -> list[Any]:
     return list(theta.reshape(chains, -1, theta.shape[-1]).permute(2, 0, 1).cpu().numpy())
 
 
-def _estimates(theta: Tensor, values: Estimates, chains: int) -> Estimates:
-    """Estimates with the standard errors of Markov chains: sd(h)/√ESS(h) for each mean of h."""
+def _error_of_chains(h: Tensor, chains: int) -> Tensor:
+    """Standard errors (Q,) of means of h (chains · draws, Q): sd(h)/√ESS(h)."""
     ess = import_arviz().ess
-
-    def error(h: Tensor) -> Tensor:
-        sizes = torch.tensor([float(ess(column, method="mean")) for column in _per_chain(h, chains)])
-        return h.std(0) / sizes.to(h).sqrt()
-
-    return dataclasses.replace(
-        values,
-        mean_se=error(theta),
-        log_sd_se=error(((theta - values.mean) / values.sd).square() / 2),
-        probability_se=torch.stack([error((theta <= point).to(theta)) for point in values.quantiles]),
-    )
+    sizes = torch.tensor([float(ess(column, method="mean")) for column in _per_chain(h, chains)])
+    return h.std(0) / sizes.to(h).sqrt()
 
 
 def _mixing(names: list[str], theta: Tensor, chains: int) -> list[Check]:
