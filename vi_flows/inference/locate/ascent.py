@@ -68,7 +68,7 @@ def bfgs_paths(
         if not len(active) or late():
             break
         if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
-            active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
+            active = active[better_half(at.value[active], PATHS)]
     return at, concatenate(record) if record else at
 
 
@@ -131,23 +131,38 @@ def newton(
         direction = _newton_direction(hessian[going], grad[going])
         promised = (grad[going] * direction).sum(-1) / 2
         going, direction = going[promised > tolerance], direction[promised > tolerance]
-        left = torch.arange(len(going), device=x.device)
-        moved = torch.zeros_like(left, dtype=torch.bool)
-        for halvings in range(10):
-            if not len(left):
-                break
-            rows = going[left]
-            trial = x[rows] + 0.5**halvings * direction[left]
-            v, g = value_and_grad(target, trial)
-            better = v > value[rows]
-            x[rows[better]], value[rows[better]], grad[rows[better]] = trial[better], v[better], g[better]
-            moved[left[better]] = True
-            left = left[~better]
-        going = going[moved]
+        x[going], value[going], grad[going], rose = halved_until_higher(
+            target, x[going], value[going], grad[going], direction
+        )
+        going = going[rose]
         if not len(going) or late():
             break
         hessian[going] = hessians(target, x[going], scale[going])
     return x, value, hessian
+
+
+def halved_until_higher(
+    target: Target, x: Tensor, value: Tensor, grad: Tensor, direction: Tensor, halvings: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (N, dim), log p and gradient after the longest of the steps direction/2^k at which log p is higher, and where
+    there was one (N,)."""
+    x, value, grad = x.clone(), value.clone(), grad.clone()
+    rose = torch.zeros_like(value, dtype=torch.bool)
+    for k in range(halvings):
+        left = (~rose).nonzero()[:, 0]
+        if not len(left):
+            break
+        trial = x[left] + 0.5**k * direction[left]
+        v, g = value_and_grad(target, trial)
+        better = v > value[left]
+        rows = left[better]
+        x[rows], value[rows], grad[rows], rose[rows] = trial[better], v[better], g[better], True
+    return x, value, grad, rose
+
+
+def better_half(value: Tensor, least: int) -> Tensor:
+    """Indices of the better half of the paths by log p (N,), of ``least`` where that is more: the others end."""
+    return value.argsort(descending=True)[: max(len(value) // 2, least)]
 
 
 def _newton_direction(hessian: Tensor, grad: Tensor) -> Tensor:

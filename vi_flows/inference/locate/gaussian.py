@@ -149,6 +149,12 @@ def distinct(gaussians: Gaussians, score: Tensor, limit: int) -> list[int]:
     return kept
 
 
+def clipped(residual: Tensor) -> Tensor:
+    """Residuals of draws (n, ..., dim), at most ten times as long as the median one: single draws may lie in a wall."""
+    size = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+    return residual * (10 * size.median(0).values / size.clamp_min(1e-300)).clamp_max(1.0)
+
+
 def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 128) -> Gaussians:
     """Maximise the ELBO over all Gaussians, from each of K starts at once (Khan & Nielsen 2018, whitened).
 
@@ -170,9 +176,7 @@ def gaussian_vi(target: Target, start: Gaussians, iterations: int, draws: int = 
         value, grad = value_and_grad(target, x.reshape(-1, dim))
         residual = torch.einsum("kji,nkj->nki", tril, grad.reshape(x.shape)) + epsilon[:, None]
         usual = (value > -torch.inf).reshape(x.shape[:-1])[..., None] & (residual.abs() < EXTREME)
-        residual = torch.where(usual, residual, 0.0)
-        size = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
-        residual = residual * (10 * size.median(0).values / size.clamp_min(1e-300)).clamp_max(1.0)
+        residual = clipped(torch.where(usual, residual, 0.0))
         curvature = torch.einsum("nki,nj->kij", residual, epsilon) / draws
         eigenvalues, vectors = torch.linalg.eigh(rate * (curvature + curvature.mT) / 2)
         precision = 1 - eigenvalues.clamp(-1.0, 0.5)

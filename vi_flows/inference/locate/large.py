@@ -15,8 +15,8 @@ from ...running import late
 from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad
 from ..estimate.weights import mean_elbo
-from .ascent import CURVATURE, line_search
-from .gaussian import Gaussians, Kind, Origin, distinct, from_covariance, join, usable
+from .ascent import CURVATURE, better_half, halved_until_higher, line_search
+from .gaussian import Gaussians, Kind, Origin, clipped, distinct, from_covariance, join, usable
 
 MEMORY = 12  # pairs (s, y) that L-BFGS remembers
 ITERATIONS = 300  # of L-BFGS
@@ -126,8 +126,8 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
     ends, on_paths = lbfgs_paths(target, starts)
     if not on_paths:
         raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
-    paths = join([g.dense("a Pathfinder path") for g in on_paths])
-    fronts = [ends.gaussian(i).dense("the end of a path") for i in range(min(ENDS, len(ends.x)))]
+    paths = join([g.dense(Kind.PATH) for g in on_paths])
+    fronts = [ends.gaussian(i).dense(Kind.END) for i in range(min(ENDS, len(ends.x)))]
     optima = join([newton_laplace(target, front) for front in fronts if len(front)] or [paths.pick([])])
     optima = optima.pick(distinct(optima, value_and_grad(target, optima.loc)[0], ENDS)) if len(optima) else optima
     dim = starts.shape[1]
@@ -167,7 +167,7 @@ def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tupl
         if not len(index) or late():
             break
         if k % PRUNE_EVERY == 0 and len(index) > PATHS:
-            top = every.value.argsort(descending=True)[: max(len(index) // 2, PATHS)]
+            top = better_half(every.value, PATHS)
             every, index = every.pick(top), index[top.cpu()]
     done.append(every)
     ends = Paths(*(torch.cat([getattr(p, name) for p in done]) for name in Paths.__dataclass_fields__))
@@ -235,11 +235,10 @@ def newton_laplace(target: Target, start: Gaussians, iterations: int = 12, toler
         step = tril @ (tril.mT @ grad)
         if not bool(step.isfinite().all()) or float(grad @ step) / 2 < tolerance:
             break
-        trials = x + 0.5 ** torch.arange(10).to(x)[:, None] * step
-        rises = (value_and_grad(target, trials)[0] > value).nonzero()[:, 0]
-        if not len(rises):
+        at, _, _, rose = halved_until_higher(target, x[None], value[None], grad[None], step[None])
+        if not bool(rose):
             break
-        x = trials[rises[0]]
+        x = at[0]
     good = proper and bool(usable(x[None], tril[None])[0])
     return Gaussians(x[None], tril[None], (Origin(Kind.LAPLACE),)).pick([0] if good else [])
 
@@ -319,7 +318,5 @@ def _mean_shift(target: Target, loc: Tensor, tril: Tensor, rate: float) -> Tenso
     epsilon = torch.randn(DRAWS // 2, len(loc)).to(loc)
     epsilon = torch.cat([epsilon, -epsilon])
     value, grad = value_and_grad(target, loc + epsilon @ tril.mT)
-    residual = torch.where((value > -torch.inf)[:, None], grad @ tril + epsilon, 0.0)
-    size = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
-    residual = residual * (10 * size.median(0).values / size.clamp_min(1e-300)).clamp_max(1.0)
+    residual = clipped(torch.where((value > -torch.inf)[:, None], grad @ tril + epsilon, 0.0))
     return (rate * residual.mean(0)).clamp(-FARTHEST, FARTHEST)
