@@ -132,7 +132,7 @@ def measure(root: Path) -> dict[str, object]:
         f"functions of more than {LONG_FUNCTION} lines": sum(length > LONG_FUNCTION for length in lengths),
         f"files of more than {LONG_FILE} lines": sum(count > LONG_FILE for count in lines.values()),
         "constants in inference/": sum(map(len, named.values())),
-        "of these without a comment or a Bound": sum(not reason for names in named.values() for reason in names.values()),
+        "of these without a comment or a Bound": sum(list(names.values()).count(False) for names in named.values()),
         "names of constants in several modules of inference/": sum(count > 1 for count in shared.values()),
     }
 
