@@ -112,27 +112,25 @@ def measure(root: Path) -> dict[str, object]:
     lines = {name: len(path.read_text().splitlines()) for name, path in files.items()}
     inside = [name for name in files if name.startswith("inference/")]
     folders = Counter(Path(name).parent.as_posix() for name in files)
-    engine = {folder: count for folder, count in folders.items() if folder.split("/")[0] == "inference"}
     edges = [edge for name, tree in trees.items() for edge in imports(root, tree, name)]
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     lengths = [code_lines(node) for tree in trees.values() for node in ast.walk(tree) if isinstance(node, kinds)]
     named = {name: constants(files[name], trees[name]) for name in inside}
     shared = Counter(constant for names in named.values() for constant in names)
+    engine = max((count for folder, count in folders.items() if folder.split("/")[0] == "inference"), default=0)
+    typical = f"{statistics.fmean(lengths):.1f}, {statistics.median(lengths):.0f}, {max(lengths)}"
+    bare = sum(list(names.values()).count(False) for names in named.values())
     return {
-        "rooms (folders) in inference/": len(engine) - 1,
-        "most files in a folder of inference/": max(engine.values(), default=0),
-        "most files in any folder": max(folders.values()),
+        "rooms (folders) in inference/": sum(folder.startswith("inference/") for folder in folders),
+        "most files in a folder: of inference/, of all": f"{engine}, {max(folders.values())}",
         "modules in circles": circled(edges),
         "imports that do not point down": upward(root, edges),
         "imports of ours inside functions": sum(late for *_, late in edges),
-        "modules / lines of the package": f"{len(files)} / {sum(lines.values()):,}",
-        "lines of a function (no docstring): mean / median / most": (
-            f"{statistics.fmean(lengths):.1f} / {statistics.median(lengths):.0f} / {max(lengths)}"
-        ),
-        f"functions of more than {LONG_FUNCTION} lines": sum(length > LONG_FUNCTION for length in lengths),
-        f"files of more than {LONG_FILE} lines": sum(count > LONG_FILE for count in lines.values()),
-        "constants in inference/": sum(map(len, named.values())),
-        "of these without a comment or a Bound": sum(list(names.values()).count(False) for names in named.values()),
+        "modules, lines of the package": f"{len(files)}, {sum(lines.values()):,}",
+        "lines of a function without docstring: mean, median, most": typical,
+        f"functions above {LONG_FUNCTION} lines": sum(length > LONG_FUNCTION for length in lengths),
+        f"files above {LONG_FILE} lines": sum(count > LONG_FILE for count in lines.values()),
+        "constants in inference/, without a comment or a Bound": f"{sum(map(len, named.values()))}, {bare}",
         "names of constants in several modules of inference/": sum(count > 1 for count in shared.values()),
     }
 
