@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
+import os
 import re
 import signal
 import time
@@ -603,3 +606,48 @@ def test_the_clock():
 def test_what_is_to_come_is_shown(capsys):
     vf.fit(mixture(0.0), steps=20, particles=64, num_draws=500)
     assert "to come: training at most" in capsys.readouterr().err
+
+
+def in_plate(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("towns", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def test_a_file_loses_nothing(tmp_path):
+    """What was skipped, the trace to its last digit, data and dimensions without the model; and the umask's mode."""
+    y = torch.tensor([0.5, 1.5, -1.0])
+    post = vf.fit(in_plate, y, flow="planar", **QUICK)
+    post = dataclasses.replace(post, skipped=3)
+    before = os.umask(0o027)
+    try:
+        path = post.save(tmp_path / "posterior.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    alone = vf.load(path)
+    assert type(alone) is vf.Posterior and alone.skipped == 3 and alone.trace == post.trace
+    assert alone.settings == post.settings and [str(o) for o in alone.modes.origin] == [
+        str(o) for o in post.modes.origin
+    ]
+    data, again = post.to_arviz(num_draws=50), alone.to_arviz(num_draws=50)
+    assert again.posterior["theta"].dims == data.posterior["theta"].dims == ("chain", "draw", "towns")
+    assert torch.equal(torch.as_tensor(again.observed_data["y"].values), y.double())
+    resaved = vf.load(alone.save(tmp_path / "again.safetensors"))
+    assert resaved.to_arviz(num_draws=50).posterior["theta"].dims == data.posterior["theta"].dims
+
+
+def test_draws_are_those_to_use(gaussian):
+    post = gaussian[3]
+    assert post.draws.shape == post.flow_draws.shape and torch.equal(post.draws, post.sample(10_000, seed=0))
+    annealed = post.anneal(particles=100, replicates=4, progress=False)
+    assert torch.equal(annealed.flow_draws, post.flow_draws) and not torch.equal(annealed.draws, post.draws)
+    assert torch.isin(annealed.draws, annealed.proposal.x).all()
+    assert post != annealed and post == post  # by identity: tensors are not compared
+
+
+def test_signature_says_what_can_be_asked():
+    options = inspect.signature(vf.fit).parameters
+    assert {"steps", "particles", "lr", "max_seconds", "num_draws", "init", "reparam", "rehearse"} <= set(options)
+    assert options["steps"].default == 1500 and options["max_seconds"].default is None

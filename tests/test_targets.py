@@ -307,6 +307,18 @@ def test_own_target_class():
     assert settle_dtype(target, points()) is target
 
 
+def test_what_only_looks_like_a_target_is_refused():
+    class Alike:
+        dim, log_prob, constrain = DIM, Custom.log_prob, Custom.constrain
+
+    with pytest.raises(
+        TypeError, match=r"^target: expected a Target or a Pyro model, got Alike; .* inherit from Target$"
+    ):
+        resolve_target(Alike())
+    with pytest.raises(ValueError, match="this target has no to"):
+        Custom().to(torch.float32)
+
+
 def test_own_target_class_is_checked_too():
     class InPlace(Custom):
         def log_prob(self, x):

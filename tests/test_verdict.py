@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -14,6 +15,7 @@ from vi_flows.flows.bases import StandardNormal
 from vi_flows.flows.distribution import Flow
 from vi_flows.flows.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
+from vi_flows.inference import bounds
 from vi_flows.inference.estimate.psis import hidden, khat, khat_upper, tail_size
 from vi_flows.inference.estimate.quantities import estimate
 from vi_flows.inference.estimate.weights import Weights, log_mean
@@ -417,3 +419,19 @@ def test_a_hierarchy_without_a_maximum_is_proper():
     with seeded(14):
         check = probing.proper(target, exact_weights(target, funnel_draws(4000, 6)))
     assert check.passed, check.sentence
+
+
+def test_every_bound_says_what_a_user_loses_and_the_readme_quotes_them():
+    table = bounds.table()
+    assert len(table) > 35 and all(unit and loses and origin for _, _, unit, loses, origin in table)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rule = readme[readme.index("The rule asks") : readme.index("**Corrections.**")].replace("\n", " ")
+    for words in (
+        f"less than {100 * bounds.UNSEEN:g} % of the integral and move no mean by {bounds.MEAN_UNSEEN:g} sd",
+        f"below {bounds.MEAN_SE:g} sd for means",
+        f"told to {bounds.ROUNDED:g} nats",
+        f"agree on the evidence to {bounds.MISSING_MASS:g}",
+        f"below {bounds.DIVERGENCE:g}",
+        f"means to {bounds.SHIFT:g} sd, probabilities to {bounds.ENDS_SHIFT:g} or {bounds.MEDIAN_SHIFT:g}",
+    ):
+        assert words in rule, words

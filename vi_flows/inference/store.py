@@ -22,7 +22,7 @@ from ..flows.structured import rebuilt
 from ..targets.target import Target
 from .estimate.weights import Weights
 from .judge.check import Check, Role, Verdict
-from .judge.fitted import Fitted, Settings
+from .judge.fitted import Fitted, Settings, Stored
 from .locate.gaussian import Gaussians, Kind, Origin
 from .rehearse.rehearse import Rehearsal
 
@@ -37,9 +37,10 @@ def save(posterior: Fitted, path: str | Path) -> Path:
     if path.is_dir():
         raise ValueError(f"path: expected a file name, got the folder {path}; add a name such as posterior.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(posterior).items()}
+    stored = _stored(posterior)
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in _tensors(posterior, stored).items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(tensors, metadata={"vi_flows": json.dumps(_header(posterior))}))
+        temporary.write_bytes(to_bytes(tensors, metadata={"vi_flows": json.dumps(_header(posterior, stored))}))
     return path
 
 
@@ -61,7 +62,7 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
     settings = Settings(**header["settings"])
     if settings.centring:
         target = target and target.recentred(settings.centring)
-    part = {p: _part(tensors, p) for p in ("proposal", "modes", "flow", "stored")}
+    part = {p: _part(tensors, p) for p in ("proposal", "modes", "flow", "stored", "observed")}
     return Fitted(
         verdict=_verdict(header["verdict"]),
         flow_draws=tensors["flow_draws"],
@@ -83,11 +84,11 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         rehearsal=Rehearsal.from_dict(header["rehearsal"]) if header.get("rehearsal") else None,
         timing=header["timing"],
         skipped=header["skipped"],
-        stored=part["stored"],
+        stored=Stored(part["stored"], part["observed"], header["dims"]) if part["stored"] else None,
     )
 
 
-def _tensors(posterior: Fitted) -> dict[str, Tensor]:
+def _tensors(posterior: Fitted, stored: Stored) -> dict[str, Tensor]:
     out = {
         "flow_draws": posterior.flow_draws,
         "log_weights": posterior.log_weights,
@@ -98,14 +99,23 @@ def _tensors(posterior: Fitted) -> dict[str, Tensor]:
         out |= {"modes.loc": posterior.modes.loc, "modes.scale_tril": posterior.modes.scale_tril}
     if posterior.flow is not None:
         out |= {f"flow.{name}": value for name, value in posterior.flow.state_dict().items()}
-    values = posterior.stored
-    if posterior.target is not None:
-        drawn = posterior.sample(STORED, seed=0)
-        values = drawn if isinstance(drawn, dict) else {"x": drawn}
-    return out | {f"stored.{name}": value for name, value in (values or {}).items()}
+    out |= {f"stored.{name}": value for name, value in stored.draws.items()}
+    return out | {f"observed.{name}": value for name, value in stored.observed.items()}
 
 
-def _header(posterior: Fitted) -> dict[str, Any]:
+def _stored(posterior: Fitted) -> Stored:
+    """What the file keeps of the target."""
+    target = posterior.target
+    if target is None:
+        return posterior.stored or Stored({})
+    drawn = posterior.sample(STORED, seed=0)
+    draws = drawn if isinstance(drawn, dict) else {"x": drawn}
+    shapes = {name: value.shape for name, value in target.observed.items()}
+    shapes |= {name: value.shape[1:] for name, value in draws.items()}
+    return Stored(draws, target.observed, target.plate_dims(shapes))
+
+
+def _header(posterior: Fitted, stored: Stored) -> dict[str, Any]:
     verdict = posterior.verdict
     return {
         "format": FORMAT,
@@ -123,6 +133,7 @@ def _header(posterior: Fitted) -> dict[str, Any]:
         "rehearsal": posterior.rehearsal and posterior.rehearsal.to_dict(),
         "timing": posterior.timing,
         "skipped": posterior.skipped,
+        "dims": stored.dims,
     }
 
 

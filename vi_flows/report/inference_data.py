@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from ..inference.estimate.psis import import_arviz
-from ..inference.judge.fitted import Fitted
-from ..running import seeded
-from ..targets import PyroModel, Target
-from ..targets.pyro_run import NUMERICAL, is_deterministic
+from ..inference.judge.fitted import Fitted, Stored
 from ..targets.target import is_model
 from ..version import __version__
 from .draws import Draws, constraint, flow_draws, weighted_draws
@@ -76,10 +73,11 @@ def to_arviz(
     if not weighted:
         drawn = flow_draws(posterior, num_draws)
     else:
-        stored = len(next(iter(posterior.stored.values()))) if posterior.stored else 0
-        most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored or DRAWS)
+        stored = len(posterior.stored) if posterior.stored is not None else DRAWS
+        most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored)
         drawn = weighted_draws(posterior, most if num_draws is None else num_draws, seed)
-    observed = _arrays(posterior.target.observed if posterior.target is not None else {})
+    target, stored = posterior.target, posterior.stored or Stored({})
+    observed = _arrays(stored.observed if target is None else target.observed)
     named = _arrays(drawn.values)
     if taken := {"chain", "draw"} & {*named, *observed}:
         raise ValueError(
@@ -87,7 +85,9 @@ def to_arviz(
         )
     groups = {"posterior": _one_chain(named), "sample_stats": _one_chain(_stats(drawn, weighted)) or None}
     attrs = _attrs(posterior, weighted, seed)
-    plates = _plate_dims(posterior.target, {**observed, **{name: value[0] for name, value in named.items()}})
+    shapes = {name: value.shape for name, value in observed.items()}
+    shapes |= {name: value.shape[1:] for name, value in named.items()}
+    plates = stored.dims if target is None else target.plate_dims(shapes)
     data = import_arviz().from_dict(  # 1.x: from_dict({"posterior": ...}) -> DataTree
         **groups,
         observed_data=observed or None,
@@ -96,8 +96,8 @@ def to_arviz(
         attrs=dict(attrs),
         posterior_attrs=attrs,
     )
-    if drawn.x is not None and posterior.target is not None and is_model(posterior.target):
-        data.add_groups(unconstrained_posterior=_unconstrained(drawn.x, posterior.target.coordinate_names()))
+    if drawn.x is not None and target is not None and is_model(target):
+        data.add_groups(unconstrained_posterior=_unconstrained(drawn.x, target.coordinate_names()))
     return data
 
 
@@ -142,30 +142,3 @@ def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any
     }
     seeds = {"seed": posterior.settings.seed, "resampling_seed": seed if weighted else None}
     return attrs | {name: value for name, value in seeds.items() if value is not None}
-
-
-def _plate_dims(target: Target | None, examples: dict[str, np.ndarray]) -> dict[str, list[str]]:
-    """{"theta": ["schools"]}: as ArviZ's dims, names for those axes of a model's values that lie in plates."""
-    dims = {}
-    for name, plates in (_plates(target, examples) if isinstance(target, PyroModel) else {}).items():
-        axes = range(examples[name].ndim)
-        if plates and not {"chain", "draw"} & {*plates.values()}:
-            dims[name] = [plates.get(axis, f"{name}_dim_{axis}") for axis in axes]
-    return dims
-
-
-def _plates(model: PyroModel, examples: dict[str, np.ndarray]) -> dict[str, dict[int, str]]:
-    """{"theta": {0: "schools"}}: which axes of a model's values are plates, as one run from the prior shows."""
-    try:
-        with seeded(0):
-            nodes = model._run.prior().nodes
-    except NUMERICAL:  # names are a convenience
-        return {}
-    found: dict[str, dict[int, str]] = {}
-    for name, example in examples.items():
-        node = nodes.get(name, {"type": "", "fn": None, "cond_indep_stack": ()})
-        event_dim = 0 if is_deterministic(node) else getattr(node["fn"], "event_dim", 0)
-        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-        axes = {example.ndim - event_dim + frame.dim: frame for frame in frames}
-        found[name] = {i: f.name for i, f in axes.items() if i >= 0 and example.shape[i] == f.size}
-    return found

@@ -63,7 +63,7 @@ def quantities(posterior: Fitted, var_names: str | Sequence[str] | None) -> Quan
     constrain = constraint(posterior)
     if constrain is None and posterior.stored is None:
         raise ValueError("plot: this posterior has no target; load it with vf.load(path, target=...)")
-    count = DRAWS if constrain is not None else len(next(iter(posterior.stored.values())))
+    count = DRAWS if constrain is not None else len(posterior.stored)
     names, weighted = flatten(weighted_draws(posterior, count, seed=0).values)
     keep = select(names, var_names)
     if var_names is None:  # a correlation matrix has constant entries

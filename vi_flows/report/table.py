@@ -72,7 +72,7 @@ def _quantities(posterior: Fitted) -> tuple[list[str], Tensor, Tensor]:
         return *flatten(constrain(posterior.proposal.x)), posterior.proposal.log_w.double()
     if posterior.stored is None:
         raise ValueError("summary: this posterior has no target; load it with vf.load(path, target=...)")
-    names, theta = flatten(posterior.stored)
+    names, theta = flatten(posterior.stored.draws)
     return names, theta, torch.zeros(len(theta), dtype=theta.dtype)
 
 

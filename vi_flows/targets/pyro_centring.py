@@ -129,6 +129,24 @@ def centrable(site: Mapping[str, Any], others: list[Mapping[str, Any]]) -> bool:
     return None not in frames and not all(frames[0].same(frame) for frame in frames[1:])
 
 
+def degrees_of(site: Site, degree: Tensor | float, is_matrix: bool, dtype: torch.dtype) -> Tensor:
+    """A degree of centring in the shape of a site's unconstrained value. Raises ValueError for what is none."""
+    shape = site.unconstrained_shape
+    expected = (
+        f"reparam['{site.name}']: expected degrees of centring in [0, 1], one or of shape {tuple(shape)}, "
+        f"got {degree!r}"
+    )
+    try:
+        value = torch.as_tensor(degree, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(expected) from error
+    if (value.dim() and value.shape != shape) or not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(expected)
+    if is_matrix and not bool((value == 0).all() | (value == 1).all()):
+        raise ValueError(f"reparam['{site.name}']: expected 0 or 1, for its scale is a matrix, got {degree!r}")
+    return value.expand(shape).clone()
+
+
 @dataclass(frozen=True, eq=False)
 class Centring:
     """Which sites have coordinates of their own, and at which degrees (in the shape of the unconstrained value)."""

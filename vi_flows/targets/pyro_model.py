@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map
 
 from ..errors import first_line
 from .capture import WAIT, Captured
-from .pyro_centring import Centring, Frame
+from .pyro_centring import Centring, Frame, degrees_of
 from .pyro_modes import choose_mode
 from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, seeded
-from .pyro_sites import Site, account, inspect_model
+from .pyro_sites import Site, account, inspect_model, plate_dims
 from .target import Target
 from .values import believed
 
@@ -114,7 +114,8 @@ class PyroModel(Target):
                     f"reparam['{name}']: expected a site whose location or scale is latent "
                     f"({', '.join(sites) or 'this model has none'}), got another"
                 )
-            other.degrees[name] = self._degree(sites[name], degree)
+            value = degrees_of(sites[name], degree, self.is_matrix(name), self.dtype)
+            other.degrees[name] = value.to(self.device)
         chosen = {name: sites[name] for name in other.degrees}
         other._run.centring = Centring(chosen, other.degrees) if chosen else None
         other._captured = Captured(other._evaluate)
@@ -144,22 +145,6 @@ class PyroModel(Target):
         """Whether the scale of a site in ``centrable`` is a matrix."""
         return self._layout.centrable[name]
 
-    def _degree(self, site: Site, degree: Tensor | float) -> Tensor:
-        """A degree of centring in the shape of the site's unconstrained value."""
-        expected = (
-            f"reparam['{site.name}']: expected degrees of centring in [0, 1], one or of shape "
-            f"{tuple(site.unconstrained_shape)}, got {degree!r}"
-        )
-        try:
-            value = torch.as_tensor(degree, dtype=self.dtype, device=self.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(expected) from error
-        if (value.dim() and value.shape != site.unconstrained_shape) or not bool(((value >= 0) & (value <= 1)).all()):
-            raise ValueError(expected)
-        if self.is_matrix(site.name) and not bool((value == 0).all() | (value == 1).all()):
-            raise ValueError(f"reparam['{site.name}']: expected 0 or 1, for its scale is a matrix, got {degree!r}")
-        return value.expand(site.unconstrained_shape).clone()
-
     @property
     def capture_refused(self) -> str:
         """Why evaluations cannot be recorded, or ""."""
@@ -170,7 +155,6 @@ class PyroModel(Target):
         self._captured.forget()
 
     def fresh(self, capture: bool | str) -> PyroModel:
-        """The model with nothing recorded, for it may read something that has changed since; see :class:`Target`."""
         self.forget()
         if capture == "auto":
             return self
@@ -232,14 +216,7 @@ class PyroModel(Target):
         for site in self.sites:
             value = torch.as_tensor(values[site.name], dtype=self.dtype, device=self.device)
             batched.add(value.dim() > len(site.shape))
-            value = value if value.dim() > len(site.shape) else value[None]
-            if value.shape[1:] != site.shape:
-                got = tuple(torch.as_tensor(values[site.name]).shape)
-                raise ValueError(f"values['{site.name}']: expected shape {tuple(site.shape)} or (N, ...), got {got}")
-            if not bool(site.support.check(value).all()):
-                raise ValueError(
-                    f"values['{site.name}']: expected values in the support {site.support}, got some outside"
-                )
+            value = site.checked(value)
             parts.append(site.unconstrained(value))
             whole[site.name] = value
         if len({len(part) for part in parts}) > 1 or len(batched) > 1:
@@ -271,6 +248,10 @@ class PyroModel(Target):
     def coordinate_names(self) -> list[str]:
         """A name for each coordinate of x: 'tau', 'theta[3]', 'b[1,2]' (positions in the unconstrained value)."""
         return [name for site in self.sites for name in site.coordinate_names()]
+
+    def plate_dims(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+        """{"theta": ["schools"]}: for values of these shapes, names of the axes of those that lie in plates."""
+        return plate_dims(self._run, shapes)
 
     def account(self) -> list[str]:
         """Sentences on what the model was given: its data, or that it has none, and what is held fixed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .pyro_refusals import (
     check_supports,
     support_of,
 )
-from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is_factor, is_plate
+from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is_factor, is_plate, seeded
 
 Node = dict[str, Any]
 PRIOR_RUNS = 3  # compared with one another: a random structure or support shows as a difference
@@ -61,6 +62,16 @@ class Site:
         while isinstance(transform, IndependentTransform):
             transform = transform.base_transform
         return isinstance(transform, ComposeTransform) and not transform.parts
+
+    def checked(self, value: Tensor) -> Tensor:
+        """Values (N, *shape) of one value or of N. Raises ValueError for another shape or outside the support."""
+        batch = value if value.dim() > len(self.shape) else value[None]
+        if batch.shape[1:] != self.shape:
+            got = tuple(value.shape)
+            raise ValueError(f"values['{self.name}']: expected shape {tuple(self.shape)} or (N, ...), got {got}")
+        if not bool(self.support.check(batch).all()):
+            raise ValueError(f"values['{self.name}']: expected values in the support {self.support}, got some outside")
+        return batch
 
     def constrained(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """This site's values (N, *shape) at x (N, dim), and log|det| of its transform (N,), None where it is 0."""
@@ -223,6 +234,25 @@ def _site(site: Node, start: int, nodes: dict[str, Node]) -> Site:
     free, free_batch = _imputed_entries(site, shape, nodes)
     size = shape.numel() if free is None else len(free)
     return Site(name, support, transform, value.shape, shape, fn.event_dim, start, start + size, free, free_batch)
+
+
+def plate_dims(run: ModelRun, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+    """{"theta": ["schools"]}: names of the axes of values of these shapes, plates as one run from the prior shows."""
+    try:
+        with seeded(0):
+            nodes = run.prior().nodes
+    except NUMERICAL:  # names are a convenience
+        return {}
+    dims = {}
+    for name, shape in shapes.items():
+        node = nodes.get(name, {"type": "", "fn": None, "cond_indep_stack": ()})
+        event_dim = 0 if is_deterministic(node) else getattr(node["fn"], "event_dim", 0)
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+        axes = {len(shape) - event_dim + frame.dim: frame for frame in frames}
+        plates = {i: f.name for i, f in axes.items() if i >= 0 and shape[i] == f.size}
+        if plates and not {"chain", "draw"} & {*plates.values()}:  # ArviZ's own axes
+            dims[name] = [plates.get(axis, f"{name}_dim_{axis}") for axis in range(len(shape))]
+    return dims
 
 
 def _imputed_entries(site: Node, shape: torch.Size, nodes: dict[str, Node]) -> tuple[Tensor | None, Tensor | None]:

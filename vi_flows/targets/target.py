@@ -56,6 +56,10 @@ class Target:
         """Names of the unconstrained coordinates."""
         return [f"x[{i}]" for i in range(self.dim)]
 
+    def plate_dims(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+        """{"theta": ["schools"]}: for values of these shapes, names of the axes of those that lie in plates."""
+        return {}
+
     def account(self) -> list[str]:
         """Sentences on what is observed and what is held fixed."""
         return []

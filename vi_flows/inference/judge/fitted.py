@@ -41,6 +41,19 @@ class Settings:
         return replace(self, corrections={**others, method: dict(how)})
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a file keeps of a target, for use without it: named draws, each (n, ...), observed data by name, and names
+    of the dimensions that lie in plates."""
+
+    draws: Mapping[str, Tensor]
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    dims: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.draws.values())))
+
+
 @dataclass(kw_only=True, eq=False)
 class Fitted(Judgement):
     """An approximation to a target, judged.
@@ -68,7 +81,7 @@ class Fitted(Judgement):
     trace: list[float] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
     timing: dict[str, float] = field(default_factory=dict)
-    stored: dict[str, Tensor] | None = None
+    stored: Stored | None = None
     rehearsal: Any = None
 
     @property
@@ -106,13 +119,13 @@ class Fitted(Judgement):
     def _sample_stored(self, num_draws: int, weighted: bool) -> dict[str, Tensor] | Tensor:
         if self.stored is None or not weighted:
             raise ValueError("sample: this posterior has no target; load it with vf.load(path, target=...)")
-        size = len(next(iter(self.stored.values())))
+        size = len(self.stored)
         if num_draws > size:
             raise ValueError(
                 f"num_draws: expected at most the {size} stored draws, got {num_draws}; load with target= for more"
             )
         index = torch.randperm(size)[:num_draws]
-        chosen = {name: value[index] for name, value in self.stored.items()}
+        chosen = {name: value[index] for name, value in self.stored.draws.items()}
         return chosen if self.settings.is_model else chosen["x"]
 
     def log_prob(self, x: Tensor) -> Tensor:
