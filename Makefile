@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	$(BIN)/vi-flows demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
