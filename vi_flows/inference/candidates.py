@@ -28,7 +28,7 @@ from .estimate.weights import draw_seconds, log_weights, mean_elbo
 from .judge.check import Check, Role
 from .judge.fitted import Fitted, Settings
 from .judge.propriety import improper
-from .judge.verdict import FIRST, NECKED, PROBED, Judgement, cut_short, judge
+from .judge.verdict import FIRST_DRAWS, NECKED, PROBED, Judgement, cut_short, judge
 from .locate.centring import centred
 from .locate.locate import joined
 from .options import Options
@@ -38,12 +38,12 @@ from .train.step import step_seconds
 
 COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
 CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
-CHECKED = 32  # points on which a target is checked first
+CHECK_POINTS = 32  # points on which a target is checked first
 
 
 def prepare(target: Target, options: Options) -> Target:
     """Step 0: the target in its working precision, checked on (−2, 2), or near its starts if none has a value."""
-    points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
+    points = 4 * torch.rand(CHECK_POINTS, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         target = target.to(options.dtype, options.device)
     target = target.fresh(options.capture)
@@ -110,7 +110,7 @@ def _forecast(found: Starts, target: Target, options: Options, bar: Progress) ->
         each = draw_seconds(found.flows[0].flow, target)
         steps = [(s.flow, s.most(options.steps)) for s in found.flows]
         training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
-    judging = each * (1.5 * FIRST + PROBED + NECKED) + CHECKING
+    judging = each * (1.5 * FIRST_DRAWS + PROBED + NECKED) + CHECKING
     bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
     return judging
 

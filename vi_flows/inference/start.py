@@ -28,7 +28,9 @@ from .structured.locate import LEAST_DIM, Inside, locate_structured
 from .structured.regressed import around
 
 FlowChoice = str | Flow | Callable[[int], Flow]
-AROUND = 600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
+AROUND_STEPS = (
+    600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
+)
 UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
 
 
@@ -125,7 +127,7 @@ def _around(target: Target, choice: FlowChoice, located: Located, place: dict[st
         return None
     many = f"structured flow: {len(flow.layers[1].graph.many)} coordinates Gaussian given the others"
     how = f"{many}, on {located.best.origin[0]}{_because(choice, located.variance)}"
-    return Start(flow.requires_grad_().to(**place), how, "structured", steps=AROUND)
+    return Start(flow.requires_grad_().to(**place), how, "structured", steps=AROUND_STEPS)
 
 
 def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:

@@ -24,15 +24,15 @@ from ..estimate.weights import Weights, effective_sample_size, log_mean, log_mea
 from ..judge.check import CARRIED, Check, Role, Verdict
 from ..judge.checks import precision, sds
 from ..judge.fitted import Fitted
-from ..judge.latent import Path, Rung
+from ..judge.latent import LatentPath, Rung
 from ..judge.necks import Walk, necks, scale_moves
 from ..judge.proposal import DefensiveProposal
 from ..locate.points import DENSE_DIMS
-from .smc import KEPT, MOST_RUNGS, Run, pilot, run
+from .smc import KEPT_SWEEPS, MOST_RUNGS, AnnealingRun, annealing_run, pilot
 
 ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
 BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
-LEAD = "use weighted draws (the default of sample): they were annealed"
+ANNEALED_LEAD = "use weighted draws (the default of sample): they were annealed"
 
 
 def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
@@ -81,14 +81,14 @@ def anneal(
     began, flow = time.monotonic(), posterior._flow("anneal")
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
         walk = walk_of_necks(posterior)
-        path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
+        path = LatentPath(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
         bar.stage("pilot")
         schedule = pilot(path, particles, rungs, replicates, functools.partial(_afford, seconds))
         _sees_something(posterior, schedule)
         bar.stage("annealing", replicates)
         runs = []
         for _ in range(replicates):
-            runs.append(run(path, schedule, particles))
+            runs.append(annealing_run(path, schedule, particles))
             bar.advance()
             _afford(seconds, time.monotonic() - began)
         result = _result(posterior, schedule, runs)
@@ -148,7 +148,7 @@ def mended(posterior: Fitted, clock: Clock, bar: Progress) -> Fitted:
     return dataclasses.replace(annealed, notes=notes, settings=annealed.settings.corrected("anneal", how))
 
 
-def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
+def _result(posterior: Fitted, rungs: list[Rung], runs: list[AnnealingRun]) -> Fitted:
     """The posterior with the runs' draws in place of the proposal's, judged by how the runs differ."""
     bridged = any(r.settling is not None for r in runs)
     if bridged:  # what m leaves out no weight tells, and weights of m need not agree
@@ -173,13 +173,14 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (
-        f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
-        f"errors over the runs are, in the median, {more:.1f} times those of independent draws, which summary() shows."
+        f"anneal: {len(runs)} runs of {len(runs[0].x) // KEPT_SWEEPS} particles over {len(rungs)} temperatures; "
+        f"standard errors over the runs are, in the median, {more:.1f} times those of independent draws, which "
+        "summary() shows."
         + (" Scales were moved, and log evidence is a bridge from the proposal to the draws." if bridged else "")
     )
     return dataclasses.replace(
         posterior,
-        verdict=Verdict.of(checks, LEAD),
+        verdict=Verdict.of(checks, ANNEALED_LEAD),
         proposal=weights,
         log_evidence=level,
         log_evidence_se=se,
@@ -240,7 +241,7 @@ def _agreement(posterior: Fitted, level: float, se: float) -> Check:
     return Check.of("agreement", statistic, MISSING_MASS, sentence, otherwise, Role.BESIDE)
 
 
-def _bridged(made: Run, b: float, log_w_of_p: Tensor | None) -> float:
+def _bridged(made: AnnealingRun, b: float, log_w_of_p: Tensor | None) -> float:
     """log Ẑ of a run's first weights, at temperature b, and those of later states; −∞ where it had lost all weight."""
     return bridge(made.log_w[0] / b, log_w_of_p) if made.log_w else -math.inf
 
@@ -273,7 +274,7 @@ def bridge(log_w: Tensor, log_w_of_p: Tensor) -> float:
     return float(log_z)
 
 
-def _steps(runs: list[Run]) -> list[Check]:
+def _steps(runs: list[AnnealingRun]) -> list[Check]:
     """The weights of each step, of all runs together: the heaviest tail, and the smallest ESS."""
     steps = [torch.cat(log_w) for log_w in zip(*(r.log_w for r in runs if r.log_w), strict=True)]
     worst = max(khat_upper(khat(log_w), len(log_w)) for log_w in steps)
@@ -287,7 +288,7 @@ def _steps(runs: list[Run]) -> list[Check]:
     ]
 
 
-def _recorded(rungs: list[Rung], runs: list[Run]) -> dict[str, Any]:
+def _recorded(rungs: list[Rung], runs: list[AnnealingRun]) -> dict[str, Any]:
     """What was done, as JSON can hold it; log Ẑ of a run without weight is None."""
     return {
         "temperatures": [rung.b for rung in rungs],

@@ -32,7 +32,7 @@ def isir(proposed: Tensor, state: Tensor, u: Tensor) -> Tensor:
     return torch.where(u[:, 0] * (total + state) < total, chosen, -1)
 
 
-def run(log_w: Tensor, kernel: Kernel) -> Tensor:
+def independence_chains(log_w: Tensor, kernel: Kernel) -> Tensor:
     """States of chains that take their proposals in the order of log_w (C, T, N): positions (C, T) in their T·N ones.
 
     The first proposal of all is the state at time 0; a step at time t takes the N proposals of block t.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SHORT = 0.01  # a shape below which a tail is treated as one of this shape
-EVEN = 0.1  # spread of log w within which weights have no tail to speak of
+EVEN_SPREAD = 0.1  # spread of log w within which weights have no tail to speak of
 
 
 def smooth(log_w: Tensor) -> tuple[Tensor, float]:
@@ -30,7 +30,7 @@ def smooth(log_w: Tensor) -> tuple[Tensor, float]:
         out[alive] = -math.log(max(count, 1))
         return out, math.inf
     kept = log_w[alive]
-    if float(kept.max() - kept.min()) < EVEN:
+    if float(kept.max() - kept.min()) < EVEN_SPREAD:
         return log_w - log_w.logsumexp(0), 0.0
     smoothed, shape = _psislw(kept.detach().cpu().numpy())
     out[alive] = torch.as_tensor(smoothed).to(log_w)

@@ -28,15 +28,15 @@ from ..bounds import (
 )
 from ..estimate.evaluate import in_blocks
 from ..estimate.psis import hidden, khat, khat_upper
-from ..estimate.quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
+from ..estimate.quantities import PROBABILITIES, SORTED_COLUMNS, Estimates, carrying, estimate, flatten, vary
 from ..estimate.weights import Weights, log_mean, log_mean_se, mean_elbo
 from .check import Check, Role
 
 PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)  # at the 5, 50, 95 % points
 SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ
-OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
+OWN_DRAWS = 20_000  # draws of q that are compared with the weighted ones, unweighted
 TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
-NAMED = 4  # quantities in one sentence
+NAMED_QUANTITIES = 4  # quantities in one sentence
 UPPER, TWO = 1.28, 2.0  # standard errors: of k̂, and of what q is compared by, at the first attempt
 
 
@@ -50,7 +50,7 @@ def stricter(multiple: float, attempt: int) -> float:
     return -NormalDist().inv_cdf(error / 2 ** (attempt - 1))
 
 
-def of_weights(
+def weight_checks(
     target: Target, pooled: Weights, own: Weights, attempt: int = 1, growth: float = 1.0
 ) -> tuple[list[Check], bool]:
     """All that follows from weighted draws of m (pooled) and of q (own), and whether ``growth`` times as many of them
@@ -71,7 +71,7 @@ def of_weights(
     if mendable or growth <= 1:
         unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
         found.insert(1, tails_of_means(names, unseen))
-    mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
+    mine = flatten(target.constrain(own.x[:OWN_DRAWS]))[1][:, columns]
     return [
         *found,
         sds(names, values, unseen),
@@ -115,7 +115,7 @@ def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, 
         contribution = log_w[:, None] + 2 * log_h(columns)
         return contribution.amax(0) - contribution.logsumexp(0)
 
-    parts = [slice(i, i + COLUMNS) for i in range(0, theta.shape[1], COLUMNS)]
+    parts = [slice(i, i + SORTED_COLUMNS) for i in range(0, theta.shape[1], SORTED_COLUMNS)]
     lead = torch.cat([leads(part) for part in parts]).argsort(descending=True)[:TAILED].tolist()
     unseen = torch.zeros(2, theta.shape[1], dtype=theta.dtype)
     for i in lead:
@@ -166,7 +166,9 @@ def _endless(unseen: Tensor) -> Tensor:
 def _listed(names: list[str], which: Tensor) -> str:
     """The first few of the names that a mask (Q,) picks, and how many more."""
     many = [names[i] for i in which.nonzero()[:, 0].tolist()]
-    return ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
+    return ", ".join(many[:NAMED_QUANTITIES]) + (
+        f" and {len(many) - NAMED_QUANTITIES} more" if len(many) > NAMED_QUANTITIES else ""
+    )
 
 
 def rounding(target: Target, pooled: Weights) -> Check:

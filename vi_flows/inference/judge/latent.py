@@ -38,7 +38,7 @@ class Particles:
         return Particles(*(a.index_copy(0, index, getattr(others, name)) for name, a in vars(self).items()))
 
 
-class Path:
+class LatentPath:
     """γ_b = m^(1−b) p^b on R^D, seen in the flow's latent space: γ_b(f(z)) |det df/dz|.
 
     There the flow has straightened p, and log p, log m and their gradients need the flow in its forward direction only:
@@ -133,7 +133,7 @@ class Rung:
         return torch.where(accepted[:, None], z, start), float(change.clamp_max(0.0).exp().mean())
 
 
-def move(rung: Rung, path: Path, particles: Particles) -> tuple[Particles, float]:
+def move(rung: Rung, path: LatentPath, particles: Particles) -> tuple[Particles, float]:
     """One transition of all particles but those without z, which stay, and the mean acceptance probability."""
     free = particles.z.isfinite().all(-1).nonzero()[:, 0]
     if not len(free):

@@ -19,15 +19,15 @@ from ..estimate.quantities import flatten, resample, vary
 from ..estimate.weights import Weights, log_mean
 from ..locate.gaussian import Gaussians, Kind, Origin, spread_of
 from .check import Check, Role
-from .latent import ACCEPTANCE, LENGTH, Path, Rung
+from .latent import ACCEPTANCE, LENGTH, LatentPath, Rung
 from .proposal import MODE_DF, DefensiveProposal
 from .propriety import combination, far_shares
 
-MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
+MOVED_DRAWS, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
 LINES = 200  # in all, and at least 4 draws to a direction
 COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
 EACH = 256  # draws around a suspect, to tell its mass
-SHOWN = 4  # numbers in one sentence
+SHOWN_NUMBERS = 4  # numbers in one sentence
 SYMMETRIC = 0.01  # in sd and in nats, within which two modes are each other's images
 
 
@@ -37,10 +37,10 @@ def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) ->
     Draws of p keep their law under moves that leave p as it is; so where the mean of h or of |h| shifts,
     h = (θ − mean)/sd of any quantity, draws of m have missed mass nearby. Moves that leave h with an autocorrelation ρ
     mend 1 − ρ of an error: |shift|/(1 − ρ) is below MOVE, or |shift| below its noise, z se of paired differences, z for
-    an error of MOVE_ERROR in all 2Q of them together (Bonferroni). About MOVED · TRANSITIONS · 4 gradients.
+    an error of MOVE_ERROR in all 2Q of them together (Bonferroni). About MOVED_DRAWS · TRANSITIONS · 4 gradients.
     """
-    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
-    path = Path(proposal, target)
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED_DRAWS)]
+    path = LatentPath(proposal, target)
     z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], x)
     free = z.isfinite().all(-1)
     x, z = x[free], z[free]
@@ -90,7 +90,7 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
     limit = 1 - 0.05 ** (1 / max(n, 1))
     said = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
-    where = show(suspects.loc[-1], SHOWN)[1:-1] if len(suspects) else ""
+    where = show(suspects.loc[-1], SHOWN_NUMBERS)[1:-1] if len(suspects) else ""
     otherwise = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
     return Check.of("unseen basins", found, BASIN, said, otherwise, Role.CONDITION)
 
@@ -122,7 +122,7 @@ def proper(target: Target, pooled: Weights, modes: Gaussians | None = None) -> C
     leave open to many digits. By Markov's inequality a proper density that has a share s of its mass that far out along
     a direction fails by it with a probability of at most s/FAR_SHARE.
     """
-    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED_DRAWS)]
     axes = torch.randperm(target.dim)[:COORDINATES]
     reach = (pooled.x - x.mean(0)).abs().amax(0)
     steps, names = torch.diag(reach)[axes], target.coordinate_names()

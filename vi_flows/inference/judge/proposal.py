@@ -13,8 +13,11 @@ from ..estimate.evaluate import in_blocks
 from ..locate.gaussian import Gaussians, Kind, from_covariance
 
 SHARES = (0.8, 0.1, 0.1)  # of the flow, of the flow over a t base, of the t components
-TAIL_DF, MODE_DF = 4.0, 5.0
-ADAPT, MOST = 0.15, 0.8  # of p's mass: from where the components' shares are adapted, and their largest total share
+HEAVY_DF, MODE_DF = 4.0, 5.0
+ADAPT, MOST_MODE_SHARE = (
+    0.15,
+    0.8,
+)  # of p's mass: from where the components' shares are adapted, and their largest total share
 MODE_SCALE = 1.5  # of a component's scale matrix over the inverse curvature
 
 
@@ -35,7 +38,7 @@ class DefensiveProposal:
         weights: Tensor | None = None,
     ):
         self.flow, self.shares = flow, shares
-        self.heavy = flow.base.heavy(TAIL_DF)
+        self.heavy = flow.base.heavy(HEAVY_DF)
         self.modes = modes if modes is not None and len(modes) else self._moments()
         tril = MODE_SCALE**0.5 * self.modes.scale_tril
         self.components = Mixture(self.modes.loc, tril, weights, MODE_DF, fixed=True)
@@ -94,7 +97,7 @@ class DefensiveProposal:
         total = float(mass.sum())
         if not total > ADAPT:
             return None
-        share = min(total, MOST)
+        share = min(total, MOST_MODE_SHARE)
         rest = [(1 - share) * s / (SHARES[0] + SHARES[1]) for s in SHARES[:2]]
         weights = 0.8 * mass / total + 0.2 / len(mass)
         return DefensiveProposal(self.flow, self.modes, (*rest, share), weights)

@@ -18,7 +18,7 @@ OFFSET = 0.3  # of the rays' origin: through a point of no symmetry, where a hie
 SLOPE = -1.0  # of log p in the logarithm of the distance: 1/distance has no finite integral
 RISING = 1e-6  # from which slope on log p rises, by more than rounding does
 WITHIN = 200.0  # nats of the highest log p seen: a plateau below is where arithmetic was kept from overflowing
-NAMED = 3
+NAMED_RAYS = 3
 COMBINED = 10.0 ** torch.arange(1, 7, dtype=torch.float64)  # reaches of the draws, along combinations of coordinates:
 # these are exact to some ten digits, so that further out they leave a valley that they run along
 FURTHEST = 4  # draws, of each kind, to which directions are looked along: of an improper target any of them does
@@ -28,7 +28,7 @@ NULL = 1e-7  # of the largest singular value of scores, below which log p does n
 MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions
 MOST_DIMS = 1000  # up to which singular vectors are looked along: they take seconds there
 COEFFICIENTS = 4  # of a combination that a sentence shows
-LEAST, SINGLE = 0.05, 0.99  # of the largest, that it shows; from where on the largest is named alone
+LEAST_COEFFICIENT, SINGLE = 0.05, 0.99  # of the largest, that it shows; from where on the largest is named alone
 PER_DECADE = 4
 LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)  # distances on a line, in reaches of the draws
 FAR = 10 ** (1 - 0.5 / PER_DECADE)  # from where they are far out: half-way between two of them
@@ -158,7 +158,7 @@ def combination(step: Tensor, names: list[str]) -> str:
     order = _by_size(step)
     if abs(step[order[0]]) > SINGLE:
         return names[order[0]]
-    kept = [i for i in order if abs(step[i]) > LEAST * abs(step[order[0]])]
+    kept = [i for i in order if abs(step[i]) > LEAST_COEFFICIENT * abs(step[order[0]])]
     terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in kept[:COEFFICIENTS]]
     first = terms[0].removeprefix("+ ").replace("− ", "−", 1)
     return " ".join([first, *terms[1:], *(["+ ..."] if len(kept) > COEFFICIENTS else [])])
@@ -199,6 +199,6 @@ def improper(target: Target, draws: Weights | None = None, modes: Gaussians | No
         rays, remedy = slow_combinations(target, draws, modes), "give these parameters proper priors, or hold one fixed"
     if not rays:
         return ""
-    shown = ", ".join(name for name, _ in rays[:NAMED]) + (", ..." if len(rays) > NAMED else "")
+    shown = ", ".join(name for name, _ in rays[:NAMED_RAYS]) + (", ..." if len(rays) > NAMED_RAYS else "")
     how = "keeps rising" if rays[0][1] > RISING else "falls no faster than 1/distance"
     return f"log p {how} along {shown}: the target looks improper there; {remedy}"

@@ -18,15 +18,15 @@ from ..estimate.psis import khat
 from ..estimate.weights import Weights, draw_seconds, effective_sample_size, log_mean, log_mean_se, mean_elbo
 from ..locate.gaussian import Gaussians
 from .check import Check, Role, Verdict, claimed
-from .checks import holes, of_weights, rounding
+from .checks import holes, rounding, weight_checks
 from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 
 REPEATS = 5
-FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
-FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST draws on: 0.4 and 0.5 GB
-LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
+FIRST_DRAWS, MOST_DRAWS = 40_000, 160_000  # draws from the defensive proposal
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST_DRAWS draws on: 0.4 and 0.5 GB
+LEAST_DRAWS = 10_000  # first draws: with fewer no estimate could be precise enough
 QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
 PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
 UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
@@ -128,8 +128,8 @@ def _weighed(
 ) -> tuple[DefensiveProposal, Weights, Weights, int, list[Check]]:
     """m, adapted where need be; draws of m and of q, doubled until they pass, cannot, or take too long (``each``
     seconds); how many were skipped; the checks."""
-    most = min(LAST, MOST_NUMBERS // target.dim)
-    first = count = max(min(FIRST, FIRST_NUMBERS // target.dim), LEAST)
+    most = min(MOST_DRAWS, MOST_NUMBERS // target.dim)
+    first = count = max(min(FIRST_DRAWS, FIRST_NUMBERS // target.dim), LEAST_DRAWS)
     if clock.limit is not None:
         count = min(first, max(int(QUARTER * clock.left() / each), HURRIED))
     pooled, own, skipped = _draw(proposal, target, count)
@@ -139,7 +139,7 @@ def _weighed(
         pooled, own, skipped = _draw(proposal, target, count)
     while True:
         growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
-        checks, mendable = of_weights(target, pooled, own, attempt, growth)
+        checks, mendable = weight_checks(target, pooled, own, attempt, growth)
         if claimed(checks) or not mendable or growth == 1:
             return proposal, pooled, own, skipped, checks
         if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all

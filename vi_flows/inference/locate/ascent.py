@@ -14,7 +14,7 @@ from ..estimate.evaluate import hessians, value_and_grad
 ARMIJO, WOLFE = 1e-4, 0.9
 CURVATURE = 1e-10  # least s·y, relative to ‖s‖‖y‖, for a BFGS update
 PRUNE_EVERY = 20  # iterations, after which the worse half of the paths still going ends
-PATHS = 8  # never fewer than so many by pruning
+LEAST_PATHS = 8  # never fewer than so many by pruning
 
 
 @dataclass(eq=False)
@@ -67,8 +67,8 @@ def bfgs_paths(
         active = active[going]
         if not len(active) or late():
             break
-        if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
-            active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, PATHS)]]
+        if prune and k % PRUNE_EVERY == 0 and len(active) > LEAST_PATHS:
+            active = active[at.value[active].argsort(descending=True)[: max(len(active) // 2, LEAST_PATHS)]]
     return at, concatenate(record) if record else at
 
 

@@ -29,7 +29,7 @@ from .large import locate_large
 from .mixture import adapt_mixture, log_weights_of
 from .points import DENSE_DIMS, FEW_DIMS, _wave
 
-PATHS = 8  # of Pathfinder that are looked at closely
+PATHFINDER_PATHS = 8  # of Pathfinder that are looked at closely
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def joined(*kinds: Gaussians) -> Gaussians:
     return every.pick(distinct(every, order, limit=modes_kept(every.loc.shape[1])))
 
 
-def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHS) -> Gaussians:
+def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHFINDER_PATHS) -> Gaussians:
     """The Gaussian N(x + H∇log p, H) of the best ELBO on each path, for the ``keep`` best paths."""
     loc = record.x + (record.inverse_hessian @ record.grad.unsqueeze(-1)).squeeze(-1)
     found, index = from_covariance(loc, record.inverse_hessian, Kind.PATH)

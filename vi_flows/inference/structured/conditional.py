@@ -14,12 +14,11 @@ from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad
 from .sparsity import elimination, probing
 
-STEP = 1e-3  # of differenced gradients, in units of the many
-TRIALS = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)  # of a Newton step, of which the best is taken
+PRECISION_STEP = 1e-3  # of differenced gradients, in units of the many
+NEWTON_SHARES = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)  # of a Newton step, of which the best is taken
 DAMPING = (0.03, 0.3, 3.0, 30.0)  # of the diagonal, tried in turn where a precision is not positive
-CLOSE = 1e-3  # nats that a Newton step promises, from where it is not taken
-FARTHEST = 3.0  # units, at most, of a move of a mean
-ROWS = 20_000  # points held at once, times 100 dimensions: 16 MB
+CLOSE_GAIN = 1e-3  # nats that a Newton step promises, from where it is not taken
+MOST_NEWTON_STEP = 3.0  # units, at most, of a move of a mean
 
 
 class Conditional:
@@ -89,13 +88,13 @@ class Conditional:
     def precision(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """−∂²log p/∂u² at (K, S, ·), averaged over S: its diagonal (K, n) and entries (K, E), by coloured probes."""
         colours, by_parent, by_child = self.probes
-        probes = STEP * torch.nn.functional.one_hot(colours).mT.to(u)
+        probes = PRECISION_STEP * torch.nn.functional.one_hot(colours).mT.to(u)
         diagonal, entries = 0.0, 0.0
         child, parent = self.graph.child, self.graph.parent
         for s in range(u.shape[1]):
             at = u[:, s, None]
             sides = [self.gradients(eta[:, None], at + sign * probes)[1] for sign in (1, -1)]
-            moved = (sides[1] - sides[0]) / (2 * STEP)
+            moved = (sides[1] - sides[0]) / (2 * PRECISION_STEP)
             diagonal = diagonal + moved[:, colours, torch.arange(self.n)]
             both = by_parent * moved[:, colours[parent], child] + by_child * moved[:, colours[child], parent]
             entries = entries + torch.where(self.seen, both / (by_parent + by_child), 0.0)
@@ -141,7 +140,7 @@ class Conditional:
         return self.graph.solve(b, log_s.exp() * noise)
 
     def newton_step(self, b: Tensor, log_s: Tensor, grad: Tensor) -> Tensor:
-        """P⁻¹ g (K, n), kept to FARTHEST."""
+        """P⁻¹ g (K, n), kept to MOST_NEWTON_STEP."""
         with torch.enable_grad():
             e = torch.zeros_like(grad, requires_grad=True)
             (back,) = torch.autograd.grad(self.graph.solve(b, e), e, grad)
@@ -156,13 +155,13 @@ class Conditional:
             value, grad = self.gradients(eta[going], u[going])
             b[going], log_s[going] = self.factor(*self.precision(eta[going], u[going, None]))
             step = self.newton_step(b[going], log_s[going], grad)
-            trials = torch.stack([u[going] + t * step for t in TRIALS], 1)
+            trials = torch.stack([u[going] + t * step for t in NEWTON_SHARES], 1)
             reached = self.values(eta[going, None], trials)
             best, which = reached.max(-1)
             better = best > value
             chosen = trials[torch.arange(len(going)), which]
             u[going] = torch.where(better[:, None], chosen, u[going])
-            going = going[better & ((step * grad).sum(-1) / 2 > CLOSE)]
+            going = going[better & ((step * grad).sum(-1) / 2 > CLOSE_GAIN)]
             if not len(going) or late():
                 break
         return u, b, log_s
@@ -189,7 +188,7 @@ class Conditional:
             mean = new if mean is None else tuple(m + (v - m) / (1 + k) for m, v in zip(mean, new, strict=True))
             grad = self.gradients(eta[:, None], at)[1].mean(1)
             b, log_s = self.factor(*mean)
-            u = u + self.newton_step(b, log_s, grad).clamp(-FARTHEST, FARTHEST)
+            u = u + self.newton_step(b, log_s, grad).clamp(-MOST_NEWTON_STEP, MOST_NEWTON_STEP)
             if late():
                 break
         return u, b, log_s

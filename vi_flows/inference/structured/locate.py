@@ -19,11 +19,11 @@ from ..locate.ascent import bfgs_paths
 from ..locate.gaussian import Gaussians, Kind, Origin, from_covariance, scale_of
 from ..locate.points import start_points
 from .conditional import Conditional
-from .sparsity import STEP, curvature, influence, pattern
+from .sparsity import PATTERN_STEP, curvature, influence, pattern
 
 POINTS = 6  # at which curvature is looked at
 LEAST_DIM = 30  # below which flows of all coordinates do as well
-MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
+INFLUENCE_MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
 MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
 MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
 PROBES = 24  # for a precision: with 40 Laplace's approximations of an item response model took two minutes, in vain
@@ -32,29 +32,34 @@ WELL, TRIES = 3.0, 2  # variance of a start's log-weights, up to which it is not
 MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
 FEATURES = 36  # of polynomials in the few, at most, above degree 1
 MOST_DEGREE = 5
-STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
-WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 3, 5.0  # draws for each of the few, rounds of them
-NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
+FEW_STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
+MARGINAL_DRAWS, MARGINAL_ROUNDS, MARGINAL_DF = 40, 3, 5.0  # draws for each of the few, rounds of them
+NEWTON_STEPS, DIFFERENCE_SDS, LONGEST_STEP = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
 SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
 ETA_STEP = 1e-3  # of differences over the few
-PAIRS = 4  # of antithetic draws of the many, at each of the few, in Gaussian VI
-WIDE = (1.25, 1.25, 2.0, 4.0)  # times the few's sds, of the points through which functions of them are laid, in turn
-TEMPER, LEAST = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
+VI_PAIRS = 4  # of antithetic draws of the many, at each of the few, in Gaussian VI
+LAID_SPREADS = (
+    1.25,
+    1.25,
+    2.0,
+    4.0,
+)  # times the few's sds, of the points through which functions of them are laid, in turn
+TEMPER, LEAST_WEIGHT = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
 RIDGE = 1e-3  # of the features' coefficients, as a share of the points
 EXTREME_SD = 1e6
-CHECKED = 400  # draws on which a start is looked at
+START_DRAWS = 400  # draws on which a start is looked at
 FRESH_STARTS = 12  # from which other modes of the many are looked for
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class FewAndMany:
     """The many given the few, and values of the few (N, d) to start from."""
 
     inside: Conditional
     starts: Tensor
 
 
-def split(target: Target, points: Tensor) -> Split | None:
+def split(target: Target, points: Tensor) -> FewAndMany | None:
     """Which coordinates move the curvature of many, and how the others hang together; None where none do, or where the
     others' precision does not factor sparsely.
 
@@ -80,14 +85,16 @@ def split(target: Target, points: Tensor) -> Split | None:
     if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
         return None
     few = few if len(few) else moved.argmax()[None]
-    return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
+    return FewAndMany(
+        inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few]
+    )
 
 
 def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The curvatures at the first POINTS of the points at which all is finite, and these."""
     found, seen = [], []
     for x in points:
-        each = curvature(target, x, torch.full_like(x, STEP))
+        each = curvature(target, x, torch.full_like(x, PATTERN_STEP))
         if bool(each.isfinite().all()):
             found.append(each)
             seen.append(x)
@@ -98,7 +105,7 @@ def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tenso
 
 def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor, among: Tensor) -> Tensor:
     """(dim,), 0 for all but some indices."""
-    step = torch.full_like(points[0], MOVE)
+    step = torch.full_like(points[0], INFLUENCE_MOVE)
     each = [influence(target, x, curved, of, step, among) for x, curved in zip(points, found, strict=True)]
     return torch.stack(each).mean(0)
 
@@ -179,7 +186,7 @@ class _Differenced(torch.autograd.Function):
 
 def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
     """The Gaussian over the few: BFGS on their marginal, Newton steps from the best end, moments of weighted draws."""
-    ends, _ = bfgs_paths(marginal, starts[:STARTS], iterations=PATH_STEPS, tolerance=1e-2)
+    ends, _ = bfgs_paths(marginal, starts[:FEW_STARTS], iterations=PATH_STEPS, tolerance=1e-2)
     best = int(ends.value.nan_to_num(nan=-math.inf).argmax())
     if not bool(ends.value[best].isfinite()):
         return None
@@ -190,9 +197,9 @@ def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
 def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
     """The moments of p(η), by rounds of weighted draws around one Gaussian with the tails of a t; no gradients."""
     at = start
-    for _ in range(0 if late() else WEIGHTED_ROUNDS):
-        wide = Mixture(at.loc, at.scale_tril, df=TAIL_DF, fixed=True)
-        eta = wide.transform(wide.noise((WEIGHTED * marginal.dim,)))
+    for _ in range(0 if late() else MARGINAL_ROUNDS):
+        wide = Mixture(at.loc, at.scale_tril, df=MARGINAL_DF, fixed=True)
+        eta = wide.transform(wide.noise((MARGINAL_DRAWS * marginal.dim,)))
         log_w = log_density(marginal, eta) - wide.log_prob(eta)
         w = log_w.softmax(0)
         if not bool(w.isfinite().all()) or effective_sample_size(log_w) < 4 * marginal.dim:
@@ -210,15 +217,15 @@ def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
     """
     tril = scale_of(covariance)
     for _ in range(NEWTON_STEPS):
-        points = torch.cat([eta[None], eta + WIDTH * tril.mT, eta - WIDTH * tril.mT])
+        points = torch.cat([eta[None], eta + DIFFERENCE_SDS * tril.mT, eta - DIFFERENCE_SDS * tril.mT])
         value, grad = value_and_grad(marginal, points)
         inside = grad @ tril
         ahead, behind = inside[1:].split(len(eta))
-        curved = (behind - ahead) / (2 * WIDTH)
+        curved = (behind - ahead) / (2 * DIFFERENCE_SDS)
         each, vectors = torch.linalg.eigh((curved + curved.mT) / 2)
         size = each.abs().clamp(1e-2, 1e4)
         step = vectors @ ((vectors.mT @ inside[0]) / size)
-        step = step / (step.abs().max() / LONGEST).clamp_min(1.0)
+        step = step / (step.abs().max() / LONGEST_STEP).clamp_min(1.0)
         trials = eta + torch.tensor([1.0, 0.3, 0.1]).to(eta)[:, None] * (tril @ step)
         reached, _ = value_and_grad(marginal, trials)
         if float(reached.max()) > float(value[0]):
@@ -240,14 +247,14 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     loc, tril = few.loc[0], few.scale_tril[0]
     features = Features(torch.tensor(monomials(dim, degree_of(dim))))
     count = max(8 * len(features), 96)
-    wide = torch.tensor(WIDE).repeat(count // len(WIDE) + 1)[:count, None]
+    wide = torch.tensor(LAID_SPREADS).repeat(count // len(LAID_SPREADS) + 1)[:count, None]
     t = (wide * torch.randn(count, dim)).to(loc)
     t[0] = 0.0
     eta = loc + t @ tril.mT
     u, b, log_s = marginal.solve(eta)
     height = marginal.at(eta, u).nan_to_num(nan=-math.inf)
-    weight = (TEMPER * (height - height.max())).exp().clamp_min(LEAST)  # far out it matters where mass goes on
-    u, b, log_s = inside.variational(eta, u, b, log_s, PAIRS, 4)
+    weight = (TEMPER * (height - height.max())).exp().clamp_min(LEAST_WEIGHT)  # far out it matters where mass goes on
+    u, b, log_s = inside.variational(eta, u, b, log_s, VI_PAIRS, 4)
     graph = inside.graph
     unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
     layer = StructuredLayer(graph, features, loc, tril, unit_loc * inside.unit, unit * inside.unit)
@@ -300,7 +307,7 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
 def spread_of_weights(flow: Flow, target: Target) -> float:
     """The variance of a normal with the quartiles of the log-weights: single draws in the tails, which training mends,
     do not decide."""
-    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((CHECKED,)))
+    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((START_DRAWS,)))
     quartiles = log_w.nan_to_num(nan=-math.inf).quantile(torch.tensor([0.25, 0.75]).to(log_w))
     spread = float(quartiles[1] - quartiles[0]) / 1.349
     return spread**2 if math.isfinite(spread) else math.inf
@@ -308,11 +315,11 @@ def spread_of_weights(flow: Flow, target: Target) -> float:
 
 def like(flow: Flow) -> Gaussians:
     """The Gaussian of the flow's derivative at the centre of its base: for proposals, and to tell modes apart."""
-    eye = WIDTH / 5 * torch.eye(flow.dim, dtype=flow.dtype)
+    eye = DIFFERENCE_SDS / 5 * torch.eye(flow.dim, dtype=flow.dtype)
     ahead, behind, centre = (
         in_blocks(lambda z: flow().bijection.forward_and_logdet(z)[0], z) for z in (eye, -eye, 0 * eye[:1])
     )
-    rows = (ahead - behind) / (2 * WIDTH / 5)
+    rows = (ahead - behind) / (2 * DIFFERENCE_SDS / 5)
     return from_covariance(centre, (rows.mT @ rows)[None], Kind.STRUCTURED)[0]
 
 

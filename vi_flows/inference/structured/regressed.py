@@ -13,9 +13,13 @@ from .conditional import Conditional
 from .locate import MOST_ENTRIES, POINTS, curvatures, degree_of
 from .sparsity import influence, pattern
 
-MOVES = 0.1  # influence of a move by an sd, from where a coordinate is one of the few: a Gaussian loses a quarter of it
-MOST = 24  # of these; beyond, what is far from normal is no matter of a few coordinates, and a spline flow does better
-EXACT = 1e-6  # ridge of a fit that is exact
+LEAST_INFLUENCE = (
+    0.1  # influence of a move by an sd, from where a coordinate is one of the few: a Gaussian loses a quarter of it
+)
+MOST_SCALES = (
+    24  # of these; beyond, what is far from normal is no matter of a few coordinates, and a spline flow does better
+)
+EXACT_RIDGE = 1e-6  # ridge of a fit that is exact
 
 
 def around(target: Target, gaussian: Gaussians) -> Flow | None:
@@ -31,8 +35,8 @@ def around(target: Target, gaussian: Gaussians) -> Flow | None:
         return None
     of = pattern(found)
     moved = torch.stack([influence(target, x, c, of, sd) for x, c in zip(seen, found, strict=True)]).mean(0)
-    few = (moved > MOVES).nonzero()[:, 0]
-    if not 0 < len(few) <= MOST:
+    few = (moved > LEAST_INFLUENCE).nonzero()[:, 0]
+    if not 0 < len(few) <= MOST_SCALES:
         return None
     inside = Conditional(target, of, few, sd)
     return _laid(inside, gaussian) if len(inside.graph.child) <= MOST_ENTRIES else None
@@ -55,5 +59,5 @@ def _laid(inside: Conditional, gaussian: Gaussians) -> Flow:
     t = torch.randn(4 * len(features), len(few)).to(tril)
     b = (b * unit[graph.parent] / unit[graph.child]).expand(len(t), -1)
     shift = graph.residual(b, t @ slope / unit)
-    layer.lay(t, shift, torch.zeros_like(shift), b, torch.ones_like(t[:, 0]), EXACT)
+    layer.lay(t, shift, torch.zeros_like(shift), b, torch.ones_like(t[:, 0]), EXACT_RIDGE)
     return structured(layer)

@@ -10,11 +10,11 @@ from torch import Tensor
 from ...targets.target import Target
 from ..estimate.evaluate import value_and_grad
 
-STEP = 1e-4  # of differenced gradients, before the scales are known
+PATTERN_STEP = 1e-4  # of differenced gradients, before the scales are known
 ZERO = 1e-9  # of the largest entry of a row, below which an entry is rounding
-MOVES = 64  # coordinates that are moved at once: D² numbers each, in blocks
-TRIED = 8  # numbers of neighbours, the highest, from where coordinates are tried as hubs
-SMALL = 3  # nodes, from where an order is not sought
+MOVED_AT_ONCE = 64  # coordinates that are moved at once: D² numbers each, in blocks
+TRIED_DEGREES = 8  # numbers of neighbours, the highest, from where coordinates are tried as hubs
+SMALL_PART = 3  # nodes, from where an order is not sought
 
 
 def curvature(target: Target, x: Tensor, step: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def probing(pattern: Tensor) -> tuple[Tensor, Tensor]:
     product; others from that with the colour of either side."""
     degree = pattern.sum(-1)
     best: tuple[int, Tensor, Tensor] | None = None
-    for least in [int(degree.max()) + 1, *degree.unique().flip(0).tolist()[:TRIED]]:
+    for least in [int(degree.max()) + 1, *degree.unique().flip(0).tolist()[:TRIED_DEGREES]]:
         hub = degree >= least
         rest = (~hub).nonzero()[:, 0]
         colours = torch.full_like(degree, -1)
@@ -75,15 +75,15 @@ def influence(
     among: indices that are asked about (all); 0 for others, which then cost nothing.
     """
     dim, colours = len(x), coloured(pattern, 1).to(x.device)
-    probes = STEP * torch.nn.functional.one_hot(colours).mT.to(x)
+    probes = PATTERN_STEP * torch.nn.functional.one_hot(colours).mT.to(x)
     usual = of.diagonal().nan_to_num(nan=1.0).abs().clamp_min(1e-12)
     own = torch.arange(dim, device=x.device)
     out = x.new_zeros(dim)
-    for index in (own if among is None else among).split(MOVES):
+    for index in (own if among is None else among).split(MOVED_AT_ONCE):
         at = x + torch.diag(steps)[index]
         points = torch.cat([at[:, None], at[:, None] + probes], 1)
         grad = value_and_grad(target, points.reshape(-1, dim))[1].reshape(points.shape)
-        moved = ((grad[:, 0] - grad[:, 1 + colours, own]) / STEP).abs().clamp_min(1e-12)
+        moved = ((grad[:, 0] - grad[:, 1 + colours, own]) / PATTERN_STEP).abs().clamp_min(1e-12)
         change = (moved / usual).log().abs().clamp_max(1.0)
         change[torch.arange(len(index)), index] = 0.0
         out[index] = change.square().sum(-1)
@@ -142,7 +142,7 @@ def _levels(start: int, nodes: set[int], near: list[set[int]]) -> list[set[int]]
 
 def _separator(part: set[int], near: list[set[int]]) -> set[int]:
     """Nodes to be eliminated after all others of a connected part; all of it where it cannot be split."""
-    if len(part) <= SMALL:
+    if len(part) <= SMALL_PART:
         return part
     degree = {i: len(near[i] & part) for i in part}
     hub = max(part, key=lambda i: (degree[i], -i))

@@ -23,7 +23,7 @@ from .step import Flat, Gradient, Loss, ReverseKL
 WINDOW = 50  # steps over which losses and gradient norms are compared
 SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
 LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
-CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
+CLOSE_VARIANCE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
 GIVEN_UP_FROM = 4 * WINDOW  # steps, from where a fit may be given up: before, those that end well may look as bad
 LONG = 50  # dimensions, above which training that leads nowhere is given up: below, it takes a minute or so
 HOPELESS = 8.0  # variance of log w, e⁻⁸ of all draws being a handful; lower, fits that long training mends are given up
@@ -86,14 +86,14 @@ def train(
     source = Noise(loss.flow.base, particles, stretched=path)
     loop = _Loop(loss, source, steps, lr, Gradient(loss, Flat(loss), bool(record), compile))
     result = Training(loss.flow)
-    _run(loop, result, max_seconds, give_up, report or (lambda *progress: None))
+    _run_loop(loop, result, max_seconds, give_up, report or (lambda *progress: None))
     result.note = loop.gradient.note
     if record is True and loop.gradient.refused:
         result.note = f"capture: the training step was not recorded: {loop.gradient.refused}"
     return result
 
 
-def _run(
+def _run_loop(
     loop: _Loop,
     result: Training,
     max_seconds: float | None,
@@ -181,7 +181,7 @@ class _Loop:
             result.reason = self.why
             return True
         if i + 1 < self.decay_from and (i + 1) % (WINDOW // 2) == 0 and len(self.variances) == WINDOW:
-            if statistics.fmean(self.variances) < CLOSE:
+            if statistics.fmean(self.variances) < CLOSE_VARIANCE:
                 self._decay(i + 1, WINDOW, "log-weights were all but constant")
             elif len(result.elbo) >= 4 * WINDOW and _stationary(result.elbo):
                 self._decay(i + 1, max(2 * WINDOW, (i + 1) // 2), "the ELBO was stationary")

@@ -18,8 +18,10 @@ from ...targets.target import Target
 from ..estimate.weights import log_weights
 from .objectives import Objective, elbo
 
-WAIT = 8  # steps before one is recorded: about what recording takes
-AGREEMENT = 1e-6  # of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+STEPS_BEFORE_RECORDING = 8  # steps before one is recorded: about what recording takes
+STEP_TOLERANCE = (
+    1e-6  # of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -78,8 +80,9 @@ class Flat:
 class Gradient:
     """(gradient, told) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
 
-    A step is recorded once it has run ``WAIT`` times, from the first if it is to be compiled, and checked against the
-    eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say) the eager one decides.
+    A step is recorded once it has run ``STEPS_BEFORE_RECORDING`` times, from the first if it is to be compiled, and
+    checked against the eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say)
+    the eager one decides.
 
     refused: why steps cannot be recorded, or "". note: why they are not compiled although asked to be, or "".
     """
@@ -94,7 +97,7 @@ class Gradient:
 
     def __call__(self, vector: Tensor, batch: Tensor) -> Pair:
         self.calls += 1
-        if self.run is None and self.record and (self.compiled or self.calls > WAIT):
+        if self.run is None and self.record and (self.compiled or self.calls > STEPS_BEFORE_RECORDING):
             self.calls = 0
             self._record(vector.detach(), batch)
         if self.run is None:
@@ -130,7 +133,7 @@ class Gradient:
                 return  # these operations go around a row that failed: record another step
             run = _compile(self.program.run, vector, batch) if self.compiled else self.program
             with torch.no_grad():
-                if not agree(run(*other), expected, AGREEMENT):
+                if not agree(run(*other), expected, STEP_TOLERANCE):
                     raise NotRecordedError("it differs from the eager step")
             self.run = run
         except Exception as error:  # what a target or a compiler may raise is not known; the eager step stands
