@@ -12,9 +12,8 @@ from torch.nn.functional import hardtanh, linear, pad, silu
 from .conditioner import Conditioner
 from .parameters import START_SD
 
-INPUT_REACH = (
-    10.0  # a network sees z clamped to ±INPUT_REACH: beyond it, in the far tails, its output no longer changes
-)
+# a network sees z clamped to ±INPUT_REACH: beyond it, in the far tails, its output no longer changes
+INPUT_REACH = 10.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,9 +36,11 @@ from .start import FlowChoice, Start, Starts, init_points, outright, starts
 from .train.loop import LONG, Training, train
 from .train.step import step_seconds
 
-COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
-CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
-CHECK_POINTS = 32  # points on which a target is checked first
+# draws on which the trained flow and its start are compared: ELBOs are then certain to the sd of log-weights by 63;
+# with fewer, chance undoes a training
+COMPARED = 4000
+CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions: less, and judging is cut short
+CHECK_POINTS = 32  # on which a target is checked first: fewer miss what fails at some. Chosen, not measured
 
 
 def prepare(target: Target, options: Options) -> Target:

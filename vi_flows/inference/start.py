@@ -28,10 +28,9 @@ from .structured.locate import LEAST_DIM, Inside, locate_structured
 from .structured.regressed import around
 
 FlowChoice = str | Flow | Callable[[int], Flow]
-AROUND_STEPS = (
-    600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
-)
-UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
+# training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
+AROUND_STEPS = 600
+UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: who asks for them wants no mixture
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,9 @@ from .judge.fitted import Fitted, Settings
 from .locate.gaussian import Gaussians, Kind, Origin
 from .rehearse.rehearse import Rehearsal
 
-POSTERIOR_FORMAT = 2
-STORED = 10_000  # weighted draws kept as named values, for use without the target
+POSTERIOR_FORMAT = 2  # of files: raised where older ones can no longer be read, so that they are refused in a line
+STORED = 10_000  # weighted draws kept as named values: without the target no more can be sampled
+# fields of the header that may be infinite or NaN, which JSON cannot hold: they travel as text
 STORED_NUMBERS = ("khat", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
 
 

@@ -26,9 +26,8 @@ FAMILIES = {"spline": 0.2, "realnvp": 0.6, "maf": 0.6, "radial": 0.6}
 LEAST_SEVERITY = 1 / 12  # of these
 DECADES = (0.0, 1.0, 3.0)  # scales of coordinates are 10^±decades
 LARGEST_LOG_SCALE = 300.0  # of a funnel's coordinates: far outside all mass, where they stay as they are
-STREAM = (
-    1_000_003  # sets the draws of a target's (or hierarchy's) parameters apart from those of a fit of the same seed
-)
+# sets the draws of a target's (or hierarchy's) parameters apart from those of a fit of the same seed
+STREAM = 1_000_003
 
 
 class FunnelBijection(Bijection):

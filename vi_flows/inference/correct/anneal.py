@@ -30,8 +30,11 @@ from ..judge.proposal import DefensiveProposal
 from ..locate.points import DENSE_DIMS
 from .smc import KEPT_SWEEPS, MOST_RUNGS, AnnealingRun, annealing_run, pilot
 
-ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
+# particles and replicates, and temperatures at most, with which a fit mends its weights: over fewer runs the
+# error of log Ẑ is a guess, and more of anything takes longer than the fit; posterior.anneal() takes more
+ANNEALED, RUNGS = (1000, 8), 40
 BRIDGED = 200  # rounds of a fixed point: each leaves the share of the error by which m and p overlap too little
+# what to do with the draws, before all reasons: who reads one sentence reads this
 ANNEALED_LEAD = "use weighted draws (the default of sample): they were annealed"
 
 

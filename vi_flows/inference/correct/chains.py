@@ -31,11 +31,15 @@ from . import independence, neutra
 from .anneal import bridge, evidence, replicate_se, walk_of_necks
 from .smc import rescaled
 
-HAMILTONIAN = ("nuts", "hmc")
-INDEPENDENT = {"imh": None, "isir": 8}  # proposals in each step of i-SIR
+HAMILTONIAN = ("nuts", "hmc")  # methods that need gradients; a name in neither is refused
+# methods that do not, with the proposals in each step of i-SIR: more move more often, and leave fewer steps
+INDEPENDENT = {"imh": None, "isir": 8}
 CHAIN_DRAWS, WARMUP = 750, 300  # of each Hamiltonian chain: eight are evaluated together, at hardly the price of one
-LEAST_STEPS = 100  # of an independence chain
-REPLICATES, TIMES = 1000, 200  # by and at which it is bounded
+LEAST_STEPS = 100  # of an independence chain: of fewer, standard errors are guesses
+# coupled pairs by which, and times at which, the distance of a chain from p is bounded: fewer pairs leave the bound to
+# chance, fewer times find the burn-in late. Chosen, not measured
+REPLICATES, TIMES = 1000, 200
+# what to do with the draws, before all reasons: who reads one sentence reads this
 CHAINS_LEAD = "use weighted draws (the default of sample): states of chains"
 
 

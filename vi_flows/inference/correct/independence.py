@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from ...arguments import whole
 
-LATEST = 10  # times lag + latest time: by when simulated pairs of chains must have met
+# times lag + latest time, by when simulated pairs of chains must have met: others leave no bound
+LATEST = 10
 
 # (weights of the proposals (R, N), of the states (R,), uniforms (R, 2)) -> the proposal moved to (R,), −1 for none
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -16,7 +16,9 @@ from ...targets.recording import NotRecordedError, Program, agree
 from ..estimate.evaluate import value_and_grad
 from ..judge.latent import LENGTH
 
-RECORDING = 1e-6  # of recorded with direct values, relative to the largest entry
+# of recorded with direct values, relative to the largest entry: rounding of ill-conditioned p; higher, and chains walk
+# another density
+RECORDING = 1e-6
 WALK_EVERY = 10  # transitions, between which scales are moved, where these are: the more, the slower a neck is walked
 DEPTH = 8  # of NUTS's trees: at most 2⁸ leapfrog steps in a transition, of HMC too
 

@@ -18,17 +18,22 @@ from ..judge.latent import ACCEPTANCE, LENGTH, LatentPath, Particles, Rung, move
 from ..locate.gaussian import spread_of
 
 PARTICLE_DRAWS = 10  # draws of m for each particle: they cost little, and many decide how the modes share the particles
-ESS_SHARE = 0.6  # of the particles that have weight, kept by each step of the temperature
-MOST_RUNGS = 200
-SWEEPS, KEPT_SWEEPS = 3, 4  # HMC transitions at each temperature; at the last one, whose states are all kept
-TUNING = 10  # transitions of the pilot run at each temperature, in which the step size settles
-TOLD = 3  # temperatures, from which on the last two tell how many are to come
+# of the particles that have weight, kept by each step of the temperature: higher takes more temperatures, lower leaves
+# few ancestors. Chosen, not measured
+ESS_SHARE = 0.6
+MOST_RUNGS = 200  # of a path: a proposal that needs more hardly reaches the target, and is refused
+# HMC transitions at each temperature, and at the last one, whose states are all kept: fewer leave copies together,
+# which errors over the runs then show. Chosen, not measured
+SWEEPS, KEPT_SWEEPS = 3, 4
+# transitions of the pilot at each temperature, in which the step size settles: fewer leave it where it began
+TUNING = 10
+# temperatures, from which on the last two tell how many are to come: sooner, a first small step would have annealing
+# left out that would be done in time
+TOLD = 3
 GROWTH = 4.0  # of b before that, at most: with less, annealing is left out that would be done in time
-SCALED_SWEEPS, WALK_ROUNDS = (
-    8,
-    16,
-)  # transitions before those that are kept, where scales are moved, and rounds of that after each:
-# with half of both, draws from a Gaussian fitted to a centred hierarchy were .03 nats short of the end of its neck
+# transitions before those that are kept, where scales are moved, and rounds of that after each: with half of both,
+# draws from a Gaussian fitted to a centred hierarchy were .03 nats short of the end of its neck
+SCALED_SWEEPS, WALK_ROUNDS = 8, 16
 
 
 def pilot(

@@ -25,15 +25,12 @@ def log_density(target: Target, x: Tensor) -> Tensor:
     return torch.where(log_p <= BELIEVED, log_p, -math.inf)
 
 
-DIFFERENCE_STEPS = (
-    1e-2,
-    1e-4,
-    1e-6,
-)  # in sd, over which gradients are differenced to see whether second derivatives are right
-TRIED_POINTS, NEAR = (
-    4,
-    0.1,
-)  # points at which that is looked at, and how far off, relatively, they may be at one of them
+# in sd, over which gradients are differenced to see whether second derivatives are right: over the largest rounding is
+# small, over the smallest all but the second derivative is, so that right ones agree with one of them
+DIFFERENCE_STEPS = (1e-2, 1e-4, 1e-6)
+# points at which that is looked at, and how far off, relatively, they may be at one of them: a missing second
+# derivative is off by about 1; lower, and rounding has exact Hessians differenced
+TRIED_POINTS, NEAR = 4, 0.1
 
 
 def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:

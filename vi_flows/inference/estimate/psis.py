@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHORT = 0.01  # a shape below which a tail is treated as one of this shape
-EVEN_SPREAD = 0.1  # spread of log w within which weights have no tail to speak of
+SHORT = 0.01  # a shape below which a tail is treated as one of this shape: nearer 0 the formula is 0/0
+# spread of log w within which weights have no tail to speak of: the shape fitted there is that of rounding and of
+# training noise, and would refuse all but perfect fits
+EVEN_SPREAD = 0.1
 
 
 def smooth(log_w: Tensor) -> tuple[Tensor, float]:

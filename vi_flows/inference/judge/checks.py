@@ -32,12 +32,18 @@ from ..estimate.quantities import PROBABILITIES, SORTED_COLUMNS, Estimates, carr
 from ..estimate.weights import Weights, log_mean, log_mean_se, mean_elbo
 from .check import Check, Role
 
-PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)  # at the 5, 50, 95 % points
-SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ
-OWN_DRAWS = 20_000  # draws of q that are compared with the weighted ones, unweighted
-TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
-NAMED_QUANTITIES = 4  # quantities in one sentence
-UPPER, TWO = 1.28, 2.0  # standard errors: of k̂, and of what q is compared by, at the first attempt
+# of probabilities at the 5, 50 and 95 % points: see bounds.py
+PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)
+SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ: see bounds.py
+# of q, compared unweighted with the weighted ones: probabilities are then certain to about a tenth of SHIFTS
+OWN_DRAWS = 20_000
+# quantities whose own tails are fitted, those with the largest single contributions: two Pareto fits each. Chosen, not
+# measured: with fewer the heavy tail of a further one is not seen
+TAILED = 50
+NAMED_QUANTITIES = 4  # in one sentence, the others are counted: for reading only
+# standard errors at the first attempt: of k̂, to its upper 90 % limit, and of what q is compared by, to 97.7 %; higher,
+# and right fits are refused more often; lower, and chance claims
+UPPER, TWO = 1.28, 2.0
 
 
 def stricter(multiple: float, attempt: int) -> float:

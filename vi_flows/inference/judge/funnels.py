@@ -13,16 +13,26 @@ from ...targets import Target
 from ..estimate.evaluate import hessians, value_and_grad
 
 SCALES = 12  # that are moved, of the sites with the fewest entries first: the more, the fewer rounds
-SCALE_STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
-FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
-FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
+# sd of a scale over which curvature is differenced, and steps to where it is once more. Chosen, not measured: smaller,
+# and rounding counts; larger, and b is an average over what is not exponential
+SCALE_STEP, AWAY = 0.05, 6
+# by how much, in the logarithm, curvature must change over an sd of a scale to be its child's. Chosen, not measured:
+# higher, and children stay behind, so that moves are refused; lower, and chance makes children
+FALLS = 0.3
+# of the largest eigenvalue, from where a direction of the children hangs on the scale. Chosen, not measured: lower, and
+# rounding adds to the rank, by which moves are accepted; higher, and weakly held children stay behind
+FLAT = 1e-3
 ALL_SCALES_DIMS = 150  # dimensions up to which every coordinate is looked at as a scale: each takes eight Hessians
-CANDIDATE_SCALES = 4  # that are looked at beyond
+CANDIDATE_SCALES = 4  # that are looked at beyond, by eight Hessians each: a fifth scale is then not moved
 HESSIAN_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at: 600 dimensions; beyond, none is
 INDEFINITE = 0.05  # of the largest: more, of the other sign, is no normal's curvature, and does not grow as a scale's
-SAMPLED, GROWS = 0.01, 0.5  # as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them
+# as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them: lower, and chance makes
+# children
+SAMPLED, GROWS = 0.01, 0.5
 EXPLAINS = 0.7  # the correlation from where such curvature makes a scale of a coordinate: less is by chance
-END_ONE_IN = 20  # the share, 1 in so many, of draws at an end and in the middle of a scale that tell
+# the share, 1 in so many, of draws at an end and in the middle of a scale that tell: its 5 % ends, as the check asks of
+# these; of fewer, scores are too noisy
+END_ONE_IN = 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,12 @@ from ..estimate.quantities import resample
 from .necks import Walk
 from .proposal import DefensiveProposal
 
+# mean acceptance to which steps are tuned, as is usual in HMC (Hoffman & Gelman 2014): lower, and moves are refused
+# where p is curved; higher, and they cost gradients
 ACCEPTANCE = 0.8
-LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
+# of a trajectory, in sd: a little more than a quarter of a normal's period, where a move forgets its start; and
+# leapfrog steps at most, so that a step size that is too small costs reach rather than time
+LENGTH, MOST_LEAPS = 1.8, 12
 
 
 @dataclass(frozen=True, eq=False)

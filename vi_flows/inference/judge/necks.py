@@ -23,7 +23,9 @@ from .funnels import SCALES, Funnel, funnels
 Walk = Callable[[Tensor, int], Tensor]
 WALKED_DRAWS = 10_000  # draws that are moved: the share below a 5 % point is then certain to .003
 EVALUATIONS = 240_000  # of the target, in each kind of coordinates: in fewer rounds a neck of fifty is walked in part
-NECK_ROUNDS, TURN = 24, 4  # at most, of moves of every scale; in a row, in one kind of coordinates
+# of moves of every scale, at most: with 12, t-distributed means were claimed with .018 of the draws where .05 belong;
+# and in a row in one kind of coordinates, for going to the others costs a run of the model (chosen, not measured)
+NECK_ROUNDS, TURN = 24, 4
 
 
 def necks(target: Target, draws: Weights) -> list[Check]:

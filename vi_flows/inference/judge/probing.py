@@ -18,17 +18,24 @@ from ..estimate.psis import resampling_weights
 from ..estimate.quantities import flatten, resample, vary
 from ..estimate.weights import Weights, log_mean
 from ..locate.gaussian import Gaussians, Kind, Origin, spread_of
+from ..locate.mixture import MODE_DF
 from .check import Check, Role
 from .latent import ACCEPTANCE, LENGTH, LatentPath, Rung
-from .proposal import MODE_DF, DefensiveProposal
+from .proposal import DefensiveProposal
 from .propriety import combination, far_shares
 
-MOVED_DRAWS, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
-LINES = 200  # in all, and at least 4 draws to a direction
-COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
-EACH = 256  # draws around a suspect, to tell its mass
-SHOWN_NUMBERS = 4  # numbers in one sentence
-SYMMETRIC = 0.01  # in sd and in nats, within which two modes are each other's images
+# draws, whose mean is certain to .022 sd, a fifth of MOVE; how often each is moved: more goes further, at as many more
+# gradients; the first leapfrog step, in sd, which acceptance then tunes. The last two are chosen, not measured
+MOVED_DRAWS, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6
+LINES = 200  # in all, and at least 4 draws to a direction: with fewer, FAR_SHARE is decided by single draws
+# along which lines go, drawn by chance among more, and the widest axes of a mode: what is improper along others only is
+# not seen. Chosen for their time
+COORDINATES, AXES = 50, 10
+EACH = 256  # draws around a suspect, to tell its mass to about 1/16; with fewer, chance decides near BASIN
+SHOWN_NUMBERS = 4  # in one sentence: for reading only
+# in sd and in nats, within which two modes are each other's images. Chosen, not measured: larger, and a note is given
+# of modes that are only alike; smaller, and optima that ended a little off hide a symmetry. No claim hangs on it
+SYMMETRIC = 0.01
 
 
 def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) -> Check:

@@ -13,25 +13,36 @@ from ..estimate.evaluate import in_blocks, value_and_grad
 from ..estimate.weights import Weights
 from ..locate.gaussian import Gaussians
 
-DISTANCES = tuple(10.0**k for k in range(1, 13))
+DISTANCES = tuple(10.0**k for k in range(1, 13))  # further out, what is added to a coordinate of size 1 is rounded
 OFFSET = 0.3  # of the rays' origin: through a point of no symmetry, where a hierarchy's effects are not all equal
 SLOPE = -1.0  # of log p in the logarithm of the distance: 1/distance has no finite integral
-RISING = 1e-6  # from which slope on log p rises, by more than rounding does
+# below SLOPE, up to which a slope between two distances may be that of 1/distance times what varies slowly; a sentence
+# hangs on it, no claim. Chosen, not measured
+SLACK = 0.02
+RISING = 1e-6  # from which slope on log p rises, by more than rounding does: only the words of a sentence hang on it
 WITHIN = 200.0  # nats of the highest log p seen: a plateau below is where arithmetic was kept from overflowing
-NAMED_RAYS = 3
+NAMED_RAYS = 3  # in one sentence: for reading only
 COMBINED = 10.0 ** torch.arange(1, 7, dtype=torch.float64)  # reaches of the draws, along combinations of coordinates:
 # these are exact to some ten digits, so that further out they leave a valley that they run along
 FURTHEST = 4  # draws, of each kind, to which directions are looked along: of an improper target any of them does
-PRINCIPAL = 3  # widest directions of the draws, in their own units and in standard deviations
-HIGH = 20.0  # nats below the highest log p, from where a draw is far out because the proposal is, not the target
-NULL = 1e-7  # of the largest singular value of scores, below which log p does not change along a direction at all
-MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions
+# widest directions of the draws, in their own units and in standard deviations. Chosen for its time: with fewer, an
+# improper combination may go unnamed
+PRINCIPAL = 3
+# nats below the highest log p, from where a draw is far out because the proposal is, not the target: of 1,000
+# dimensions more are usual, and directions to such draws name nothing. Chosen, not measured
+HIGH = 20.0
+# of the largest singular value of scores, below which log p does not change along a direction at all: well above what
+# rounding leaves in float64; lower, and symmetries go unnamed
+NULL = 1e-7
+MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions: to a few percent
 MOST_DIMS = 1000  # up to which singular vectors are looked along: they take seconds there
-COEFFICIENTS = 4  # of a combination that a sentence shows
-LEAST_COEFFICIENT, SINGLE = 0.05, 0.99  # of the largest, that it shows; from where on the largest is named alone
-PER_DECADE = 4
-LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)  # distances on a line, in reaches of the draws
-FAR = 10 ** (1 - 0.5 / PER_DECADE)  # from where they are far out: half-way between two of them
+COEFFICIENTS = 4  # of a combination that a sentence shows: for reading only
+# of the largest coefficient, that a sentence shows; from where on the largest is named alone: for reading only
+LEAST_COEFFICIENT, SINGLE = 0.05, 0.99
+PER_DECADE = 4  # points on a line: with fewer a narrow mass between them would be left out of its share
+# distances on a line, in reaches of the draws: widths of any size are seen, and what is improper is so far out
+LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)
+FAR = 10 ** (1 - 0.5 / PER_DECADE)  # reaches, from where they are far out: half-way between two points near ten
 
 
 def slow_rays(target: Target) -> list[tuple[str, float]]:
@@ -64,7 +75,7 @@ def _slopes(
     seen = log_p[log_p < torch.inf].nan_to_num(-torch.inf)
     floor = max(float(seen.max()), high) - WITHIN if len(seen) else 0.0
     slopes = [(i, _last_slope(values, floor)) for i, values in enumerate(log_p.unbind(1))]
-    return [(i, slope) for i, slope in slopes if slope is not None and slope > SLOPE - 0.02]
+    return [(i, slope) for i, slope in slopes if slope is not None and slope > SLOPE - SLACK]
 
 
 def slow_combinations(target: Target, draws: Weights, modes: Gaussians | None) -> list[tuple[str, float]]:

@@ -23,18 +23,27 @@ from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 
-REPEATS = 5
-FIRST_DRAWS, MOST_DRAWS = 40_000, 160_000  # draws from the defensive proposal
-FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST_DRAWS draws on: 0.4 and 0.5 GB
+REPEATS = 5  # sets of draws, whose k̂s tell their error: T_90 belongs to so many; reported, no claim hangs on it
+# from the defensive proposal: ENDS_SE and MEDIAN_SE ask for an effective sample of 7,000, so that weights may be six
+# times as uneven at first, and 23 times where draws are doubled; their number is chosen for its time
+FIRST_DRAWS, MOST_DRAWS = 40_000, 160_000
+# that these may take, from LEAST_DRAWS draws on: 0.4 and 0.5 GB, of which checks hold a few times as much
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000
 LEAST_DRAWS = 10_000  # first draws: with fewer no estimate could be precise enough
-QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
-PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
+# of the time left to a limit, that the first draws may take: checks and moves want the rest; and the fewest of them
+# then, which can refuse but hardly claim. Chosen, not measured
+QUARTER, HURRIED = 0.25, 1000
+# draws that take as long as local moves and lines far out do, and as necks may: lower, and a limit of time is overrun;
+# higher, and claims are refused for lack of time that there was
+PROBED, NECKED = 80_000, 200_000
+# said above DENSE_DIMS, where there are no waves: without it a claim would seem to have looked for modes
 UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
+# what to do with the draws, for the statuses "corrected" and "reliable": the one sentence that most users read
 LEADS = (
     "use weighted draws (the default of sample): they are resampled from the proposal",
     "the flow's draws and weights can be used as they are",
 )
-T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
+T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point: the interval of a mean of REPEATS k̂s
 
 
 @dataclass(kw_only=True, eq=False)

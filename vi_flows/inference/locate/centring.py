@@ -16,12 +16,12 @@ from .large import locate_large
 from .locate import pathfinder
 from .points import DENSE_DIMS, start_points
 
-PRIOR_DRAWS = 400  # that say how wide a standard value is before there are data
-CENTRING_ITERATIONS = (
-    40  # of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they settle
-)
+# that say how wide a standard value is before there are data, to about 5 %: degrees of centring need no more
+PRIOR_DRAWS = 400
+# of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they settle
+CENTRING_ITERATIONS = 40
 CENTRING_DRAWS = 1000  # that compare the choices: ELBOs are then certain to about .1 nats
-NAMED_SITES = 4  # sites in a sentence
+NAMED_SITES = 4  # in one sentence, the others are counted: for reading only
 
 
 def centred(

@@ -18,21 +18,30 @@ from ..estimate.weights import mean_elbo
 from .ascent import CURVATURE, line_search
 from .gaussian import Gaussians, Kind, Origin, distinct, from_covariance, join, usable
 
-MEMORY = 12  # pairs (s, y) that L-BFGS remembers
-LBFGS_ITERATIONS = 300  # of L-BFGS
-LBFGS_PRUNE_EVERY, LBFGS_PATHS = 30, 4  # iterations after which the worse half of the paths ends, down to so many
-NEWTON_ENDS = 2  # that Newton's method follows up
-NORMAL_VARIANCE = 1e-4  # variance of log-weights, below which a Gaussian is not improved
-DIFFERENCE = 1e-2  # step of differenced gradients, in sd
-CURVATURE_GRADIENTS = 160_000  # gradients, about, that averaging curvature may take
-TRAVEL, VI_ROUNDS, INNER, MEAN_DRAWS = (
-    40,
-    6,
-    3,
-    1024,
-)  # rounds to get there, and of averaging; moves of the mean in each; draws for one
-TRAVELLING = 0.75  # rate; no sd more than doubles in a round
-ARRIVED, MOST_MEAN_SHIFT = 0.15, 2.0  # sd, which the mean moves by in the end, and at most in one step
+MEMORY = 12  # pairs (s, y) that L-BFGS remembers, the usual 3 to 20: each is two vectors of every path
+LBFGS_ITERATIONS = 300  # of L-BFGS, at most: Newton's method goes on from where it ends
+# iterations after which the worse half of the paths ends, down to so many: fewer end paths that would find other modes
+LBFGS_PRUNE_EVERY, LBFGS_PATHS = 30, 4
+NEWTON_ENDS = 2  # that Newton's method follows up, and modes at most: each is a dense matrix from 2D gradients a step
+# of log-weights, below which a Gaussian is not improved: EVEN is three times as much; lower, and normals are travelled
+# from
+NORMAL_VARIANCE = 1e-4
+# step of differenced gradients, in sd. Chosen, not measured: smaller, and rounding counts; larger, and skew does
+DIFFERENCE = 1e-2
+# about, that averaging curvature may take: fewer leave its noise in the Gaussian, more are most of a fit's time
+CURVATURE_GRADIENTS = 160_000
+# rounds to get to the mass, and of averaging there; moves of the mean in each; draws for one: fewer rounds end on the
+# way, fewer draws leave noise. Chosen, not measured
+TRAVEL, VI_ROUNDS, INNER, MEAN_DRAWS = 40, 6, 3, 1024
+# by which Gaussians are compared, and what they gain as they travel: certain to 1/16 of the sd of log-weights
+ELBO_DRAWS = 256
+WORSE = 1.0  # nats that a round of travelling may lose by chance: where it loses more it ends
+# by which Gaussians on a path are compared: each point of each path costs as many. Chosen, not measured
+PATH_DRAWS = 16
+TRAVELLING = 0.75  # rate: no sd more than doubles in a round, where at 1 a single bad curvature would do more
+# sd, which the mean moves by in the end, by the noise of MEAN_DRAWS mostly, and at most in one step, where curvature
+# misleads
+ARRIVED, MOST_MEAN_SHIFT = 0.15, 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +144,9 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
     dim = starts.shape[1]
     standard = Gaussians(starts.new_zeros(1, dim), torch.eye(dim).to(starts)[None], (Origin(Kind.STANDARD),))
     found = join([standard, paths, optima])
-    elbo = found.elbo(target, torch.randn(256, dim).to(starts))
+    elbo = found.elbo(target, torch.randn(ELBO_DRAWS, dim).to(starts))
     best = found.pick([int(elbo.argmax())])
-    if float(best.log_weights(target, torch.randn(256, dim).to(starts)).var()) < NORMAL_VARIANCE:
+    if float(best.log_weights(target, torch.randn(ELBO_DRAWS, dim).to(starts)).var()) < NORMAL_VARIANCE:
         return best, optima
     # the best optimum too: its Gaussian may be poor, but lead to the mass, where a better one ends on a plateau
     routes = [travel(target, best)] + ([travel(target, optima.pick([0]))] if len(optima) else [])
@@ -157,7 +166,7 @@ def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tupl
     every = every.pick(value > -torch.inf)
     done: list[LbfgsPaths] = []
     best: dict[int, tuple[float, LowRank]] = {}
-    epsilon = torch.randn(16, starts.shape[1]).to(starts)
+    epsilon = torch.randn(PATH_DRAWS, starts.shape[1]).to(starts)
     index, due = torch.arange(len(every.x)), 1.0
     for k in range(1, LBFGS_ITERATIONS + 1):
         going = _step(target, every, tolerance, first=k == 1)
@@ -283,13 +292,13 @@ def travel(target: Target, start: Gaussians) -> tuple[Gaussians, float]:
 
     The optimum of p may lie far from its mass, as that of a hierarchy does.
     """
-    epsilon = torch.randn(256, start.loc.shape[1]).to(start.loc)
+    epsilon = torch.randn(ELBO_DRAWS, start.loc.shape[1]).to(start.loc)
     at, elbo = start, float(start.elbo(target, epsilon)[0])
     for _ in range(TRAVEL):
         loc, tril, moved = _round(target, at.loc[0], at.scale_tril[0], TRAVELLING, pairs=0)
         trial = Gaussians(loc[None], tril[None], start.origin)
         reached = float(trial.elbo(target, epsilon)[0]) if bool(usable(trial.loc, trial.scale_tril)[0]) else -torch.inf
-        if not reached > elbo - 1.0:
+        if not reached > elbo - WORSE:
             break
         at, elbo = trial, reached
         if moved < ARRIVED or late():

@@ -18,12 +18,15 @@ from ...running import seeded
 from ...targets.pyro_model import PyroModel
 from .ranks import CONFIDENCE, TESTS, Rate, Uniformity, Values, normalised_ranks
 
+# of a verdict, and of a row: ranks and false claims are counted over the first ones
 CLAIMED, STATUSES = ("reliable", "corrected"), ("reliable", "corrected", "unreliable", "error")
-RANK_DRAWS = 4000  # of the posterior, among which a true value is ranked
-COVERAGE_LEVELS = (0.5, 0.9)  # of the central intervals whose coverage is told
-EXCLUDED = 0.01  # by chance, at most this share of right posteriors excludes the truth
-POWER_80 = 0.842  # normal quantile
-DENSITY = "log density"
+RANK_DRAWS = 4000  # of the posterior, among which a true value is ranked: ranks are then certain to .008
+COVERAGE_LEVELS = (0.5, 0.9)  # of the central intervals whose coverage is told: middle and tails, for reading only
+# by chance, at most this share of right posteriors excludes the truth: higher, and right claims are counted as false;
+# lower, and only gross errors count
+EXCLUDED = 0.01
+POWER_80 = 0.842  # normal quantile of the power by which "would have been seen" is meant
+DENSITY = "log density"  # the name by which log p is ranked beside the sites: it sees what no single one does
 # added to a fit's seed: parameters, data and ranks must not come from the random numbers of the fit, nor of each other
 DATA_SEED, RANK_SEED = 2**31, 2**30
 

@@ -19,8 +19,10 @@ from ..judge.fitted import Fitted
 from ..options import Options
 from .refits import CLAIMED, COVERAGE_LEVELS, DATA_SEED, Quantities, RankCheck, Refit, Values, collect, measured, point
 
-REFIT_STEPS = 200  # of training in a refit, which begins at the fit to the real data
-SHOWN_DEPARTURES = 5  # departures in the sentences; the table has all
+# of training in a refit, which begins at the fit to the real data: more cost k times, fewer leave refits worse than the
+# fit that they stand for. Chosen, not measured
+REFIT_STEPS = 200
+SHOWN_DEPARTURES = 5  # in the sentences, the table has all: for reading only
 
 
 @dataclass(frozen=True)

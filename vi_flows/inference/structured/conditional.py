@@ -14,11 +14,19 @@ from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad
 from .sparsity import elimination, probing
 
-PRECISION_STEP = 1e-3  # of differenced gradients, in units of the many
-NEWTON_SHARES = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)  # of a Newton step, of which the best is taken
-DAMPING = (0.03, 0.3, 3.0, 30.0)  # of the diagonal, tried in turn where a precision is not positive
-CLOSE_GAIN = 1e-3  # nats that a Newton step promises, from where it is not taken
-MOST_NEWTON_STEP = 3.0  # units, at most, of a move of a mean
+# of differenced gradients, in units of the many. Chosen, not measured: smaller, and rounding counts; larger, and what
+# is not quadratic does
+PRECISION_STEP = 1e-3
+# of a Newton step, of which the best is taken, in one evaluation: without the small ones a spike stops the ascent
+NEWTON_SHARES = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)
+# of the diagonal, added in turn where a precision is not positive: the least that does distorts steps least
+DAMPING = (0.03, 0.3, 3.0, 30.0)
+# nats that a Newton step promises, from where it is not taken: far below DIVERGENCE; lower costs precisions, of as many
+# gradients as there are colours
+CLOSE_GAIN = 1e-3
+# units, at most, of a move of a mean in Gaussian VI: noise in a precision that is all but singular would throw it away.
+# Chosen, not measured: lower, and far means are not reached in so few rounds
+MOST_NEWTON_STEP = 3.0
 
 
 class Conditional:

@@ -21,34 +21,49 @@ from ..locate.points import start_points
 from .conditional import Conditional
 from .sparsity import PATTERN_STEP, curvature, influence, pattern
 
-POINTS = 6  # at which curvature is looked at
-LEAST_DIM = 30  # below which flows of all coordinates do as well
+# at which curvature is looked at: with fewer, an entry that is 0 by chance, or a scale, is missed; each costs D
+# gradients
+POINTS = 6
+LEAST_DIM = 30  # below which flows of all coordinates do as well: looking for the few would only cost time
 INFLUENCE_MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
-MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
+# influence of such a move, from where a coordinate belongs to the few. Chosen, not measured: higher, and a scale stays
+# among the many, whose Gaussian then has no neck; lower, and MOST_FEW are found too soon
+MOVES_MANY = 0.5
 MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
 PROBES = 24  # for a precision: with 40 Laplace's approximations of an item response model took two minutes, in vain
-WELL, TRIES = 3.0, 2  # variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few
-# may be unlucky (varying slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused
-MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
-FEATURES = 36  # of polynomials in the few, at most, above degree 1
-MOST_DEGREE = 5
-FEW_STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
-MARGINAL_DRAWS, MARGINAL_ROUNDS, MARGINAL_DF = 40, 3, 5.0  # draws for each of the few, rounds of them
-NEWTON_STEPS, DIFFERENCE_SDS, LONGEST_STEP = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
-SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
-ETA_STEP = 1e-3  # of differences over the few
-VI_PAIRS = 4  # of antithetic draws of the many, at each of the few, in Gaussian VI
-LAID_SPREADS = (
-    1.25,
-    1.25,
-    2.0,
-    4.0,
-)  # times the few's sds, of the points through which functions of them are laid, in turn
-TEMPER, LEAST_WEIGHT = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
-RIDGE = 1e-3  # of the features' coefficients, as a share of the points
-EXTREME_SD = 1e6
-START_DRAWS = 400  # draws on which a start is looked at
-FRESH_STARTS = 12  # from which other modes of the many are looked for
+# variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few may be unlucky (varying
+# slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused; and how often it is laid
+WELL, TRIES = 3.0, 2
+# of the factor, as of 300 dense coordinates: more take memory at each of hundreds of draws of the few
+MOST_ENTRIES = 45_000
+FEATURES = 36  # of polynomials in the few, at most, above degree 1: more are fitted to noise, by more solves
+MOST_DEGREE = 5  # of these: higher ones run away between the points. Chosen, not measured
+# of BFGS over the few, and its iterations: each evaluation solves for the many, and Newton's method does the rest; more
+# starts find more modes of the few. Chosen for their time
+FEW_STARTS, PATH_STEPS = 10, 40
+# for each of the few, in so many rounds, of a t of so many degrees of freedom: moments of fewer are unlucky more often,
+# and normal tails would leave a skew one out. Chosen, not measured
+MARGINAL_DRAWS, MARGINAL_ROUNDS, MARGINAL_DF = 40, 3, 5.0
+# over the few; sd over which curvature is differenced, wide enough to be that of the mass, not of its top; and of the
+# longest step, for far out the quadratic promises too much
+NEWTON_STEPS, DIFFERENCE_SDS, LONGEST_STEP = 12, 0.5, 4.0
+# of Newton's method over the many, at most, and solutions that are remembered as starts: fewer of these cost steps
+SOLVE_STEPS, REMEMBERED = 25, 2000
+# of differences over the few, in their own units. Chosen, not measured: smaller, and what solves leave open counts
+ETA_STEP = 1e-3
+# of antithetic draws of the many, at each of the few, in Gaussian VI: functions are laid through hundreds of these, so
+# that noise averages out. Chosen, not measured
+VI_PAIRS = 4
+# times the few's sds, of the points through which functions of them are laid, in turn: a neck lies far out, where
+# functions of the middle alone would run away; the middle, where most mass is, gets half of the points
+LAID_SPREADS = (1.25, 1.25, 2.0, 4.0)
+# power of the marginal density by which these points weigh, and their least weight: at 1 only the middle would count,
+# at 0 points beyond all mass as much as it. Chosen, not measured
+TEMPER, LEAST_WEIGHT = 0.25, 1e-4
+RIDGE = 1e-3  # of the features' coefficients, as a share of the points: less follows noise, more flattens functions
+EXTREME_SD = 1e6  # by curvature, of a unit, at most: a flat coordinate would overflow
+START_DRAWS = 400  # on which a start is looked at: the quartiles of as many log-weights tell PAYS and WELL apart
+FRESH_STARTS = 12  # from which other modes of the many are looked for: a basin of 22 % of starts is missed in 1 of 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,12 @@ from .conditional import Conditional
 from .locate import MOST_ENTRIES, POINTS, curvatures, degree_of
 from .sparsity import influence, pattern
 
-LEAST_INFLUENCE = (
-    0.1  # influence of a move by an sd, from where a coordinate is one of the few: a Gaussian loses a quarter of it
-)
-MOST_SCALES = (
-    24  # of these; beyond, what is far from normal is no matter of a few coordinates, and a spline flow does better
-)
-EXACT_RIDGE = 1e-6  # ridge of a fit that is exact
+# influence of a move by an sd, from where a coordinate is one of the few: a Gaussian loses a quarter of it, in nats, so
+# that less cannot be seen beside DIVERGENCE
+LEAST_INFLUENCE = 0.1
+# of these; beyond, what is far from normal is no matter of a few coordinates, and a spline flow does better
+MOST_SCALES = 24
+EXACT_RIDGE = 1e-6  # of a fit that is exact but for rounding: more would bend it
 
 
 def around(target: Target, gaussian: Gaussians) -> Flow | None:

@@ -19,9 +19,8 @@ from ..estimate.weights import log_weights
 from .objectives import Objective, elbo
 
 STEPS_BEFORE_RECORDING = 8  # steps before one is recorded: about what recording takes
-STEP_TOLERANCE = (
-    1e-6  # of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
-)
+# of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+STEP_TOLERANCE = 1e-6
 
 Pair = tuple[Tensor, Tensor]
 
