@@ -31,10 +31,10 @@ def smooth(log_w: Tensor) -> tuple[Tensor, float]:
     if count < 5:
         out[alive] = -math.log(max(count, 1))
         return out, math.inf
-    kept = log_w[alive]
-    if float(kept.max() - kept.min()) < EVEN_SPREAD:
+    finite = log_w[alive]
+    if float(finite.max() - finite.min()) < EVEN_SPREAD:
         return log_w - log_w.logsumexp(0), 0.0
-    smoothed, shape = _psislw(kept.detach().cpu().numpy())
+    smoothed, shape = _psislw(finite.detach().cpu().numpy())
     out[alive] = torch.as_tensor(smoothed).to(log_w)
     return out, shape
 

@@ -57,10 +57,10 @@ def stricter(multiple: float, attempt: int) -> float:
 
 
 def weight_checks(
-    target: Target, pooled: Weights, own: Weights, attempt: int = 1, growth: float = 1.0
+    target: Target, pooled: Weights, flow_weights: Weights, attempt: int = 1, growth: float = 1.0
 ) -> tuple[list[Check], bool]:
-    """All that follows from weighted draws of m (pooled) and of q (own), and whether ``growth`` times as many of them
-    might mend what fails. Where they cannot, the tails of single quantities, which cost most, are not looked at."""
+    """All that follows from weighted draws of m (pooled) and of q (flow_weights), and whether ``growth`` times as many
+    of them might mend what fails. Where they cannot, the tails of single quantities, which cost most, are left out."""
     log_w = pooled.log_w - pooled.log_w.logsumexp(0)
     alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
     names, theta = flatten(target.constrain(pooled.x[alive] if len(alive) < len(log_w) else pooled.x))
@@ -72,18 +72,18 @@ def weight_checks(
         names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     values = estimate(theta, log_w[alive])
     upper, two = stricter(UPPER, attempt), stricter(TWO, attempt)
-    found, unseen = [tails(log_w, upper), precision(names, values)], torch.zeros(2, len(names)).to(theta)
-    mendable = _mendable(log_w, found[1], growth)
+    checks, unseen = [tails(log_w, upper), precision(names, values)], torch.zeros(2, len(names)).to(theta)
+    mendable = _mendable(log_w, checks[1], growth)
     if mendable or growth <= 1:
         unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
-        found.insert(1, tails_of_means(names, unseen))
-    mine = flatten(target.constrain(own.x[:OWN_DRAWS]))[1][:, columns]
+        checks.insert(1, tails_of_means(names, unseen))
+    unweighted = flatten(target.constrain(flow_weights.x[:OWN_DRAWS]))[1][:, columns]
     return [
-        *found,
+        *checks,
         sds(names, values, unseen),
-        mass(pooled.log_w, own.log_w, two),
-        divergence(pooled.log_w, own.log_w, two),
-        own_draws(names, mine, values),
+        mass(pooled.log_w, flow_weights.log_w, two),
+        divergence(pooled.log_w, flow_weights.log_w, two),
+        own_draws(names, unweighted, values),
     ], mendable
 
 
@@ -144,8 +144,8 @@ def tails_of_means(names: list[str], unseen: Tensor) -> Check:
 
 def precision(names: list[str], values: Estimates) -> Check:
     """The largest standard error, of means and of probabilities, as a multiple of what is asked for."""
-    asked = PROBABILITY_SE.to(values.probability_se)
-    kinds = {"the mean": values.mean_se / values.sd / MEAN_SE, "a quantile": (values.probability_se / asked).amax(0)}
+    allowed = PROBABILITY_SE.to(values.probability_se)
+    kinds = {"the mean": values.mean_se / values.sd / MEAN_SE, "a quantile": (values.probability_se / allowed).amax(0)}
     kind, ratio = max(kinds.items(), key=lambda item: _worst(item[1], names)[0])
     worst, name = _worst(ratio, names)
     sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"

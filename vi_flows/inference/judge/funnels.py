@@ -87,13 +87,14 @@ def funnels(target: Target, x: Tensor, among: Sequence[int]) -> list[Funnel]:
     flat = points.reshape(-1, dim)
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
-    found = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
-    found = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(found, among, strict=True)]
-    kept: list[Funnel] = []
-    for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
-        if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
-            kept.append(funnel)
-    return kept[:SCALES]
+    candidates = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
+    candidates = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(candidates, among, strict=True)]
+    chosen: list[Funnel] = []
+    for funnel in sorted((f for f in candidates if f is not None), key=lambda f: -f.rank):
+        # a child moves its scale, too
+        if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in chosen):
+            chosen.append(funnel)
+    return chosen[:SCALES]
 
 
 def _candidates(target: Target, x: Tensor, sd: Tensor) -> Tensor:
@@ -116,8 +117,8 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     ends: (2, dim). curvature: (4, 2, dim, dim) and gradient: (4, 2, dim) of log p, each at one and the other side of
     the ends, and of points ``AWAY`` steps on.
     """
-    found = [_funnel_at(v, ends[k], curvature[:, k], gradient[:, k], sd) for k in range(len(ends))]
-    return max((f for f in found if f is not None), key=lambda f: f.rank, default=None)
+    by_end = [_funnel_at(v, ends[k], curvature[:, k], gradient[:, k], sd) for k in range(len(ends))]
+    return max((f for f in by_end if f is not None), key=lambda f: f.rank, default=None)
 
 
 def _funnel_at(v: int, end: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
@@ -136,15 +137,15 @@ def _funnel_at(v: int, end: Tensor, curvature: Tensor, gradient: Tensor, sd: Ten
     eigenvalues, vectors = torch.linalg.eigh(block * block.diagonal().sum().sign())
     if float(eigenvalues[0]) < -INDEFINITE * float(eigenvalues[-1]):
         return None
-    kept = eigenvalues > FLAT * eigenvalues[-1]
-    scaled = vectors[:, kept]
-    pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[kept]
+    spread = eigenvalues > FLAT * eigenvalues[-1]
+    scaled = vectors[:, spread]
+    pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[spread]
     centre = end.clone()
     centre[children] += block.diagonal().sum().sign() * (scaled @ pull)
     projector = torch.zeros_like(curvature[0])
     projector[children[:, None], children] = scaled @ scaled.mT
     slope = -math.log(ratio) / (2 * AWAY * SCALE_STEP)
-    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(kept.sum()))
+    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(spread.sum()))
 
 
 def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | None:
@@ -168,10 +169,10 @@ def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | N
         return None
     eigenvalues, vectors = torch.linalg.eigh((curved[end] - curved[1])[children][:, children])
     scaled = vectors[:, eigenvalues > SAMPLED * eigenvalues[-1]]
-    at, own = x[rows[end]], score[end]
+    at, end_score = x[rows[end]], score[end]
     centre = at.median(0).values
-    pull = (((at - centre)[:, children] @ scaled) * (own[:, children] @ scaled)).sum(-1)
-    both = torch.stack([own[:, v], pull])
+    pull = (((at - centre)[:, children] @ scaled) * (end_score[:, children] @ scaled)).sum(-1)
+    both = torch.stack([end_score[:, v], pull])
     slope, correlation = -float(torch.cov(both)[0, 1] / pull.var()), float(torch.corrcoef(both)[0, 1])
     if not (0 < abs(slope) < math.inf and abs(correlation) > EXPLAINS):
         return None

@@ -67,8 +67,8 @@ class LatentPath:
             x, logdet = self.bijection.forward_and_logdet(rows)
             return torch.cat([x, torch.stack([self._log_m(rows, x, logdet), self.target.log_prob(x)], -1)], -1)
 
-        found = in_blocks(columns, z)
-        return Particles(z, found[:, :-2], found[:, -2], found[:, -1])
+        values = in_blocks(columns, z)
+        return Particles(z, values[:, :-2], values[:, -2], values[:, -1])
 
     def draw(self, count: int) -> tuple[Particles, int]:
         """Particles from m, of each component as many as it should have on average, and how many had log p NaN or +inf.

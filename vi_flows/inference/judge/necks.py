@@ -130,8 +130,8 @@ def _judged(target: Target, columns: list[int], draws: Tensor, moved: Tensor) ->
         h, g = of(before), of(after)
         shift, se = (g - h).mean(0), (g - h).std(0) / math.sqrt(len(h))
         offset = h - h.mean(0)
-        kept = (offset * (g - g.mean(0))).sum(0) / offset.square().sum(0)
-        error = shift / (1 - kept).clamp(1e-3, 1.0)  # moves that leave a correlation ρ mend 1 − ρ of an error
+        correlation = (offset * (g - g.mean(0))).sum(0) / offset.square().sum(0)
+        error = shift / (1 - correlation).clamp(1e-3, 1.0)  # moves that leave a correlation ρ mend 1 − ρ of an error
         noise = torch.where(shift == 0, 0.0, shift.abs() / (z * se))
         statistics.append(torch.minimum(noise, error.abs() / limit).nan_to_num(nan=math.inf, posinf=math.inf))
         errors.append(error)

@@ -51,10 +51,10 @@ def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) ->
     z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], x)
     free = z.isfinite().all(-1)
     x, z = x[free], z[free]
-    found = spread_of(z)
-    if not len(found):
+    gaussian = spread_of(z)
+    if not len(gaussian):
         return Check("local moves", math.inf, 1.0, False, "draws have no covariance in the flow's latent space")
-    rung = Rung(1.0, found.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))
+    rung = Rung(1.0, gaussian.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))
     for k in range(TRANSITIONS):
         z, rate = rung.move(z)
         rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
@@ -77,8 +77,8 @@ def _shifts(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     before, after = (torch.cat([h, h.abs()], -1) for h in (before, after))
     shift, se = (after - before).mean(0), (after - before).std(0) / math.sqrt(len(before))
     offset = before - before.mean(0)
-    kept = (offset * (after - after.mean(0))).sum(0) / offset.square().sum(0)
-    error = shift / (1 - kept).clamp(1e-3, 1.0)
+    correlation = (offset * (after - after.mean(0))).sum(0) / offset.square().sum(0)
+    error = shift / (1 - correlation).clamp(1e-3, 1.0)
     z = NormalDist().inv_cdf(1 - MOVE_ERROR / (2 * before.shape[1]))
     noise = torch.where(shift == 0, 0.0, shift.abs() / (z * se))
     return torch.minimum(noise, error.abs() / MOVE).nan_to_num(nan=math.inf, posinf=math.inf), -error
@@ -94,12 +94,12 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     x, n = probes.loc, probes.origin.count(Origin(Kind.FRESH))
     above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
     suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
-    found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
+    missed = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
     limit = 1 - 0.05 ** (1 / max(n, 1))
     said = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
     where = show(suspects.loc[-1], SHOWN_NUMBERS)[1:-1] if len(suspects) else ""
     otherwise = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
-    return Check.of("unseen basins", found, BASIN, said, otherwise, Role.CONDITION)
+    return Check.of("unseen basins", missed, BASIN, said, otherwise, Role.CONDITION)
 
 
 def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussians, level: float) -> float:

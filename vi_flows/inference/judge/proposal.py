@@ -56,10 +56,10 @@ class DefensiveProposal:
         with torch.no_grad():
             x = self.flow().rsample_and_log_prob((MOMENT_DRAWS,))[0]
         covariance = torch.atleast_2d(torch.cov(x.mT))
-        found, _ = from_covariance(x.mean(0)[None], covariance[None], Kind.FLOW)
-        if not len(found):
+        gaussian, _ = from_covariance(x.mean(0)[None], covariance[None], Kind.FLOW)
+        if not len(gaussian):
             raise ValueError("flow: expected finite draws with a covariance, got none; lower lr=, or check the target")
-        return found
+        return gaussian
 
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Stratified draws x (count, dim), log m and log q at them, and how many of them, the first, are draws of q.
@@ -81,8 +81,8 @@ class DefensiveProposal:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log m at x (N, dim), as (N,)."""
-        found = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), x)
-        return self._log_probs(x, found[:, :-1], found[:, -1])[1]
+        inverse = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), x)
+        return self._log_probs(x, inverse[:, :-1], inverse[:, -1])[1]
 
     def _log_probs(self, x: Tensor, z: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
         """log q and log m at x = f(z), with log|det dz/dx|."""

@@ -57,8 +57,8 @@ def slow_rays(target: Target) -> list[tuple[str, float]]:
     steps = torch.cat([torch.eye(dim, **like), -torch.eye(dim, **like)])
     names = target.coordinate_names()
     slopes = _slopes(target, origin, steps, torch.tensor(DISTANCES, **like))
-    found = [(f"{'+' if i < dim else '−'}{names[i % dim]}", slope) for i, slope in slopes]
-    return sorted(found, key=lambda pair: -pair[1])
+    rays = [(f"{'+' if i < dim else '−'}{names[i % dim]}", slope) for i, slope in slopes]
+    return sorted(rays, key=lambda pair: -pair[1])
 
 
 def _slopes(
@@ -91,14 +91,14 @@ def slow_combinations(target: Target, draws: Weights, modes: Gaussians | None) -
     best = x[draws.log_p.argmax()]
     if len(null):  # draws may lie so far out there that sums with them are rounded
         best = best - null.mT @ (torch.linalg.pinv(null.mT) @ best)
-    found = _slow(target, best, null, best.abs().amax().clamp_min(1.0).expand(len(null)), high)
-    if not found:
+    slow = _slow(target, best, null, best.abs().amax().clamp_min(1.0).expand(len(null)), high)
+    if not slow:
         steps = _outward(draws, modes, centre, size)
         steps = torch.cat([steps, _principal(x, size)]) if target.dim <= MOST_DIMS else steps
         steps = steps[steps.isfinite().all(-1) & (steps != 0).any(-1)]
         steps = steps / torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
-        found = _slow(target, centre, steps, ((x - centre) @ steps.mT).abs().amax(0), high)[:1]
-    return [(combination(step, names), slope) for step, slope in found]
+        slow = _slow(target, centre, steps, ((x - centre) @ steps.mT).abs().amax(0), high)[:1]
+    return [(combination(step, names), slope) for step, slope in slow]
 
 
 def _slow(target: Target, origin: Tensor, steps: Tensor, reach: Tensor, high: float) -> list[tuple[Tensor, float]]:
@@ -127,13 +127,13 @@ def _null_directions(target: Target, x: Tensor, size: Tensor) -> Tensor:
     score = score / torch.linalg.vector_norm(score, dim=-1, keepdim=True).clamp_min(1e-300)
     _, singular, vectors = torch.linalg.svd(score, full_matrices=False)
     null = vectors[singular < NULL * singular[0]]
-    found = []
-    while len(null) > len(found) and len(found) < FURTHEST:
-        onto = null.mT @ null - sum((torch.outer(v, v) for v in found), 0.0 * torch.eye(dim).to(x))
+    directions = []
+    while len(null) > len(directions) and len(directions) < FURTHEST:
+        onto = null.mT @ null - sum((torch.outer(v, v) for v in directions), 0.0 * torch.eye(dim).to(x))
         nearest = onto[:, _by_size(onto.diagonal())[0]]
-        found.append(nearest / torch.linalg.vector_norm(nearest))
-    found = torch.stack(found) * size if found else x.new_zeros(0, dim)
-    return found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
+        directions.append(nearest / torch.linalg.vector_norm(nearest))
+    directions = torch.stack(directions) * size if directions else x.new_zeros(0, dim)
+    return directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
 
 
 def _outward(draws: Weights, modes: Gaussians | None, centre: Tensor, size: Tensor) -> Tensor:
@@ -169,10 +169,10 @@ def combination(step: Tensor, names: list[str]) -> str:
     order = _by_size(step)
     if abs(step[order[0]]) > SINGLE:
         return names[order[0]]
-    kept = [i for i in order if abs(step[i]) > LEAST_COEFFICIENT * abs(step[order[0]])]
-    terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in kept[:COEFFICIENTS]]
+    leading = [i for i in order if abs(step[i]) > LEAST_COEFFICIENT * abs(step[order[0]])]
+    terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in leading[:COEFFICIENTS]]
     first = terms[0].removeprefix("+ ").replace("− ", "−", 1)
-    return " ".join([first, *terms[1:], *(["+ ..."] if len(kept) > COEFFICIENTS else [])])
+    return " ".join([first, *terms[1:], *(["+ ..."] if len(leading) > COEFFICIENTS else [])])
 
 
 def far_shares(target: Target, x: Tensor, directions: Tensor) -> Tensor:

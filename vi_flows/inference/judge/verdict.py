@@ -101,12 +101,14 @@ def judge(
     """
     flow, clock = exact(flow), clock or Clock(None)
     each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
-    proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
+    proposal, pooled, flow_weights, skipped, checks = _weighed(
+        DefensiveProposal(flow, modes), target, attempt, clock, each
+    )
     verdict = Verdict.of(checks + _probed(proposal, target, pooled, checks, probes, clock, each), *LEADS)
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
         verdict = verdict.because("" if probes is not None and len(probes) else UNSOUGHT)
-    log_weights, draws = own.log_w, own.x[:num_draws]
+    log_weights, draws = flow_weights.log_w, flow_weights.x[:num_draws]
     lacking = REPEATS * num_draws - len(log_weights)
     if lacking > 0 and not _too_long(clock, each * lacking):
         more, n = _draw_flow(flow, target, lacking)
@@ -141,20 +143,21 @@ def _weighed(
     first = count = max(min(FIRST_DRAWS, FIRST_NUMBERS // target.dim), LEAST_DRAWS)
     if clock.limit is not None:
         count = min(first, max(int(QUARTER * clock.left() / each), HURRIED))
-    pooled, own, skipped = _draw(proposal, target, count)
-    better = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
-    if better is not None:
-        proposal = better
-        pooled, own, skipped = _draw(proposal, target, count)
+    pooled, flow_weights, skipped = _draw(proposal, target, count)
+    adapted = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
+    if adapted is not None:
+        proposal = adapted
+        pooled, flow_weights, skipped = _draw(proposal, target, count)
     while True:
         growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
-        checks, mendable = weight_checks(target, pooled, own, attempt, growth)
+        checks, mendable = weight_checks(target, pooled, flow_weights, attempt, growth)
         if claimed(checks) or not mendable or growth == 1:
-            return proposal, pooled, own, skipped, checks
+            return proposal, pooled, flow_weights, skipped, checks
         if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all
-            return proposal, pooled, own, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
-        more, more_own, n = _draw(proposal, target, len(pooled.x))
-        pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
+            return proposal, pooled, flow_weights, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
+        more, more_of_flow, n = _draw(proposal, target, len(pooled.x))
+        pooled, flow_weights = _concatenate(pooled, more), _concatenate(flow_weights, more_of_flow)
+        skipped += n
 
 
 def _too_long(clock: Clock, seconds: float) -> bool:
@@ -180,15 +183,15 @@ def _probed(
     each: float,
 ) -> list[Check]:
     """The checks that ask the target anew; those that cost something only where all else passes."""
-    found = [rounding(target, pooled), *holes(target, pooled)]
-    found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
-    if claimed(checks + found):
+    probed = [rounding(target, pooled), *holes(target, pooled)]
+    probed += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
+    if claimed(checks + probed):
         if _too_long(clock, PROBED * each):
-            return [*found, _cut("local moves, lines far out and necks were not looked at")]
-        found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
+            return [*probed, _cut("local moves, lines far out and necks were not looked at")]
+        probed += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
         late = _too_long(clock, NECKED * each)
-        found += [_cut("necks were not looked at")] if late else necks(target, pooled)
-    return found
+        probed += [_cut("necks were not looked at")] if late else necks(target, pooled)
+    return probed
 
 
 def _draw(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, Weights, int]:

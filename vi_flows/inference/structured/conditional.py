@@ -48,8 +48,8 @@ class Conditional:
         child, parent = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(-1)
         many = others[torch.tensor(order)[by_depth]]
         self.graph = Graph(few, many, child, parent, torch.tensor([depth[k] for k in by_depth]))
-        self.own = pattern[many][:, many]
-        self.seen = self.own[child, parent]
+        self.pattern = pattern[many][:, many]
+        self.seen = self.pattern[child, parent]
         self.unit = unit[many]
         self.dim, self.n = target.dim, len(many)
 
@@ -57,7 +57,7 @@ class Conditional:
     def probes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Colours (n,), and whether each entry (E,) is read from the product with its parent's, with its child's."""
         child, parent = self.graph.child, self.graph.parent
-        colours, hub = probing(self.own)
+        colours, hub = probing(self.pattern)
         by_parent, by_child = ~(hub[child] & ~hub[parent]), ~(hub[parent] & ~hub[child])
         return colours, by_parent.to(self.unit), by_child.to(self.unit)
 
@@ -115,8 +115,8 @@ class Conditional:
             bad = (~good).nonzero()[:, 0]
             if not len(bad):
                 break
-            some, size = diagonal[bad], diagonal[bad].abs()
-            heavier = some + more * (size + size.mean(-1, keepdim=True))
+            failed, size = diagonal[bad], diagonal[bad].abs()
+            heavier = failed + more * (size + size.mean(-1, keepdim=True))
             b[bad], log_s[bad], good[bad] = self._factor(heavier, entries[bad])
         return torch.where(good[:, None], b, 0.0), torch.where(good[:, None], log_s, 0.0)
 
@@ -128,18 +128,18 @@ class Conditional:
         diagonal[~good], entries[~good] = 1.0, 0.0
         first = torch.searchsorted(graph.child.contiguous(), torch.tensor(graph.starts))
         for k in reversed(range(graph.count)):
-            own = slice(graph.starts[k], graph.starts[k + 1])
-            good &= (diagonal[:, own] > 1e-10).all(-1)
-            diagonal[:, own] = diagonal[:, own].clamp_min(1e-10)
-            some = slice(int(first[k]), int(first[k + 1]))
-            child, parent = graph.child[some], graph.parent[some]
+            level = slice(graph.starts[k], graph.starts[k + 1])
+            good &= (diagonal[:, level] > 1e-10).all(-1)
+            diagonal[:, level] = diagonal[:, level].clamp_min(1e-10)
+            edges = slice(int(first[k]), int(first[k + 1]))
+            child, parent = graph.child[edges], graph.parent[edges]
             left, right, of = self._pairs[k]
-            ratio = entries[:, some] / diagonal[:, child]
-            diagonal.index_add_(1, parent, -entries[:, some] * ratio)
+            ratio = entries[:, edges] / diagonal[:, child]
+            diagonal.index_add_(1, parent, -entries[:, edges] * ratio)
             if len(left):
                 start = int(first[k])
                 entries.index_add_(1, of, -entries[:, left] * ratio[:, right - start])
-            entries[:, some] = -ratio  # from here on these are b
+            entries[:, edges] = -ratio  # from here on these are b
         good &= diagonal.isfinite().all(-1) & entries.isfinite().all(-1)
         return entries, -0.5 * diagonal.log(), good
 

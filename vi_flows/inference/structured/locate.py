@@ -34,8 +34,7 @@ PROBES = 24  # for a precision: with 40 Laplace's approximations of an item resp
 # variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few may be unlucky (varying
 # slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused; and how often it is laid
 WELL, TRIES = 3.0, 2
-# of the factor, as of 300 dense coordinates: more take memory at each of hundreds of draws of the few
-MOST_ENTRIES = 45_000
+MOST_ENTRIES = 45_000  # of the factor, as of 300 dense coordinates: more take memory at each of hundreds of draws
 FEATURES = 36  # of polynomials in the few, at most, above degree 1: more are fitted to noise, by more solves
 MOST_DEGREE = 5  # of these: higher ones run away between the points. Chosen, not measured
 # of BFGS over the few, and its iterations: each evaluation solves for the many, and Newton's method does the rest; more
@@ -49,8 +48,7 @@ MARGINAL_DRAWS, MARGINAL_ROUNDS, MARGINAL_DF = 40, 3, 5.0
 NEWTON_STEPS, DIFFERENCE_SDS, LONGEST_STEP = 12, 0.5, 4.0
 # of Newton's method over the many, at most, and solutions that are remembered as starts: fewer of these cost steps
 SOLVE_STEPS, REMEMBERED = 25, 2000
-# of differences over the few, in their own units. Chosen, not measured: smaller, and what solves leave open counts
-ETA_STEP = 1e-3
+ETA_STEP = 1e-3  # of differences over the few. Chosen, not measured: smaller, and what solves leave open counts
 # of antithetic draws of the many, at each of the few, in Gaussian VI: functions are laid through hundreds of these, so
 # that noise averages out. Chosen, not measured
 VI_PAIRS = 4
@@ -81,47 +79,47 @@ def split(target: Target, points: Tensor) -> FewAndMany | None:
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
     coordinate may matter only where no mass is. Where ``MOST_FEW`` still do, and more than these did, few are not all.
     """
-    found, seen = curvatures(target, points)
-    if not found:
+    curved, places = curvatures(target, points)
+    if not curved:
         return None
-    of = pattern(found)
-    usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
+    nonzero = pattern(curved)
+    usual = torch.stack([curvature.diagonal().abs() for curvature in curved]).median(0).values
     unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
-    every = torch.arange(target.dim)
-    moved = _influences(target, seen, found, of, every)
-    first = _most(moved, every)
-    inside = Conditional(target, of, first, unit) if len(first) else None
+    indices = torch.arange(target.dim)
+    moved = _influences(target, places, curved, nonzero, indices)
+    first = _most(moved, indices)
+    inside = Conditional(target, nonzero, first, unit) if len(first) else None
     if inside is None or len(inside.graph.child) > MOST_ENTRIES:
         return None
-    eta = torch.stack(seen)[:, first]
+    eta = torch.stack(places)[:, first]
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
-    found, seen = curvatures(target, best)
-    few = _most(_influences(target, seen, found, of, first), first) if found else first
+    curved, places = curvatures(target, best)
+    few = _most(_influences(target, places, curved, nonzero, first), first) if curved else first
     if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
         return None
     few = few if len(few) else moved.argmax()[None]
     return FewAndMany(
-        inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few]
+        inside if len(few) == len(first) else Conditional(target, nonzero, few, unit), torch.stack(places)[:, few]
     )
 
 
 def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The curvatures at the first POINTS of the points at which all is finite, and these."""
-    found, seen = [], []
+    curved, places = [], []
     for x in points:
-        each = curvature(target, x, torch.full_like(x, PATTERN_STEP))
-        if bool(each.isfinite().all()):
-            found.append(each)
-            seen.append(x)
-        if len(found) == POINTS:
+        matrix = curvature(target, x, torch.full_like(x, PATTERN_STEP))
+        if bool(matrix.isfinite().all()):
+            curved.append(matrix)
+            places.append(x)
+        if len(curved) == POINTS:
             break
-    return found, seen
+    return curved, places
 
 
-def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor, among: Tensor) -> Tensor:
+def _influences(target: Target, points: list[Tensor], matrices: list[Tensor], nonzero: Tensor, among: Tensor) -> Tensor:
     """(dim,), 0 for all but some indices."""
     step = torch.full_like(points[0], INFLUENCE_MOVE)
-    each = [influence(target, x, curved, of, step, among) for x, curved in zip(points, found, strict=True)]
+    each = [influence(target, x, curved, nonzero, step, among) for x, curved in zip(points, matrices, strict=True)]
     return torch.stack(each).mean(0)
 
 
@@ -302,12 +300,12 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
     if target.dim < LEAST_DIM or over():
         return None
     with torch.no_grad():
-        found = split(target, start_points(target, points))
-        if found is None or over() or not (asked or int(found.inside.probes[0].max()) < PROBES):
+        parts = split(target, start_points(target, points))
+        if parts is None or over() or not (asked or int(parts.inside.probes[0].max()) < PROBES):
             return None
-        marginal, tries = Marginal(found.inside), []
+        marginal, tries = Marginal(parts.inside), []
         while len(tries) < TRIES and (not tries or tries[-1][0] > WELL):
-            few = locate_few(marginal, found.starts)
+            few = locate_few(marginal, parts.starts)
             if few is None or over():
                 break
             flow = structured_flow(marginal, few)
@@ -316,7 +314,7 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
             return None
         variance, flow, few = min(tries, key=lambda each: each[0])
         near = like(flow)
-        return Inside(flow, variance, near, fresh_ends(target, found.inside, few, near))
+        return Inside(flow, variance, near, fresh_ends(target, parts.inside, few, near))
 
 
 def spread_of_weights(flow: Flow, target: Target) -> float:

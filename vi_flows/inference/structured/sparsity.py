@@ -32,11 +32,11 @@ def curvature(target: Target, x: Tensor, step: Tensor) -> Tensor:
 
 def pattern(curvatures: list[Tensor]) -> Tensor:
     """Where any of the curvatures (dim, dim) is not 0, symmetric, with the diagonal."""
-    found = torch.eye(len(curvatures[0]), dtype=torch.bool)
+    nonzero = torch.eye(len(curvatures[0]), dtype=torch.bool)
     for each in curvatures:
         size = each.abs().nan_to_num(nan=0.0)
-        found |= (size > ZERO * size.amax(-1, keepdim=True)).cpu()
-    return found | found.mT
+        nonzero |= (size > ZERO * size.amax(-1, keepdim=True)).cpu()
+    return nonzero | nonzero.mT
 
 
 def coloured(pattern: Tensor, apart: int) -> Tensor:
@@ -81,13 +81,13 @@ def influence(
     dim, colours = len(x), coloured(pattern, 1).to(x.device)
     probes = PATTERN_STEP * torch.nn.functional.one_hot(colours).mT.to(x)
     usual = of.diagonal().nan_to_num(nan=1.0).abs().clamp_min(1e-12)
-    own = torch.arange(dim, device=x.device)
+    coordinates = torch.arange(dim, device=x.device)
     out = x.new_zeros(dim)
-    for index in (own if among is None else among).split(MOVED_AT_ONCE):
+    for index in (coordinates if among is None else among).split(MOVED_AT_ONCE):
         at = x + torch.diag(steps)[index]
         points = torch.cat([at[:, None], at[:, None] + probes], 1)
         grad = value_and_grad(target, points.reshape(-1, dim))[1].reshape(points.shape)
-        moved = ((grad[:, 0] - grad[:, 1 + colours, own]) / PATTERN_STEP).abs().clamp_min(1e-12)
+        moved = ((grad[:, 0] - grad[:, 1 + colours, coordinates]) / PATTERN_STEP).abs().clamp_min(1e-12)
         change = (moved / usual).log().abs().clamp_max(1.0)
         change[torch.arange(len(index)), index] = 0.0
         out[index] = change.square().sum(-1)
@@ -126,12 +126,12 @@ def _eliminated(order: list[int], near: list[set[int]]) -> tuple[list[list[int]]
 
 
 def _components(nodes: set[int], near: list[set[int]]) -> list[set[int]]:
-    left, found = set(nodes), []
+    left, parts = set(nodes), []
     while left:
         part = set().union(*_levels(next(iter(left)), left, near))
         left -= part
-        found.append(part)
-    return found
+        parts.append(part)
+    return parts
 
 
 def _levels(start: int, nodes: set[int], near: list[set[int]]) -> list[set[int]]:

@@ -158,7 +158,7 @@ class _Loop:
         """One Adam step; a bad one is undone."""
         self.optimizer.param_groups[0]["lr"] = self.rate(i)
         gradient, log_w = self.gradient(self.vector, self.source.batch())
-        log_w = log_w[: self.source.told]
+        log_w = log_w[: self.source.watched]
         alive = log_w[log_w > -torch.inf]
         result.lost += len(log_w) - len(alive)
         result.drawn += len(log_w)

@@ -28,8 +28,8 @@ Pair = tuple[Tensor, Tensor]
 class Loss(nn.Module):
     """What a training step makes small, as a module, so that ``functional_call`` makes it pure in its parameters.
 
-    forward(batch, ...) -> (loss, told): a scalar, and values without a graph by which training is watched: log-weights,
-    row by row, or sums over rows. failed_rows: at how many rows a matrix routine has raised so far.
+    forward(batch, ...) -> (loss, watched): a scalar, and values without a graph by which training is watched:
+    log-weights, row by row, or sums over rows. failed_rows: at how many rows a matrix routine has raised so far.
     """
 
     failed_rows = 0
@@ -77,7 +77,7 @@ class Flat:
 
 
 class Gradient:
-    """(gradient, told) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
+    """(gradient, watched) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
 
     A step is recorded once it has run ``STEPS_BEFORE_RECORDING`` times, from the first if it is to be compiled, and
     checked against the eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say)
@@ -106,9 +106,9 @@ class Gradient:
     def eagerly(self, vector: Tensor, batch: Tensor) -> Pair:
         vector = vector.detach().requires_grad_()
         with torch.enable_grad():
-            loss, told = functional_call(self.loss, self.flat.views(vector), (batch,))
+            loss, watched = functional_call(self.loss, self.flat.views(vector), (batch,))
             (gradient,) = torch.autograd.grad(loss, vector)
-        return gradient, told
+        return gradient, watched
 
     def _recorded(self, vector: Tensor, batch: Tensor) -> Pair | None:
         """By the recorded operations; None where they raise, or where compiling has taken out what would have."""
@@ -117,10 +117,10 @@ class Gradient:
             return None
         try:
             with torch.no_grad():
-                gradient, told = self.run(vector.detach(), batch)
+                gradient, watched = self.run(vector.detach(), batch)
         except RuntimeError:  # LinAlgError is one
             return None
-        return (gradient, told) if not self.compiled or bool(gradient.isfinite().all()) else None
+        return (gradient, watched) if not self.compiled or bool(gradient.isfinite().all()) else None
 
     def _record(self, vector: Tensor, batch: Tensor) -> None:
         failed = self.loss.failed_rows
