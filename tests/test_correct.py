@@ -74,7 +74,7 @@ def annealed(wrong):
 
 
 def path_of(flow, target, modes=None):
-    return annealing.Path(DefensiveProposal(flow, modes), target)
+    return annealing.LatentPath(DefensiveProposal(flow, modes), target)
 
 
 def far_modes(loc, sd=1.0):
@@ -98,7 +98,7 @@ def test_path_is_the_proposal_and_the_target_in_latent_space():
     proposal = DefensiveProposal(flow, far_modes([[-6.0, 0.0], [6.0, 0.0]]))
     x, log_m, _, _ = proposal.draw(100)
     z, logdet = flow().bijection.inverse_and_logdet(x)
-    path = annealing.Path(proposal, target)
+    path = annealing.LatentPath(proposal, target)
     torch.testing.assert_close(path.at(z).log_m, log_m)
     torch.testing.assert_close(path.at(z).log_p, target.log_prob(x))
     for b in (0.0, 0.3, 1.0):

@@ -27,7 +27,7 @@ from ..vae.likelihoods import LIKELIHOODS
 from ..vae.model import POSTERIORS, PRIOR_KINDS, Architecture, build
 from ..vae.networks import NETWORKS
 from ..vae.objectives import OBJECTIVES
-from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, State, TrainingOptions, begin, train
+from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, State, VAEOptions, begin, train
 from .options import AsJson, NoProgress, Seed, takes_records
 from .output import prepare_folder, to_json
 
@@ -88,36 +88,34 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train, by the names of training.Options; None stands for what the help says."""
+    """How to train, by the names of training.VAEOptions; None stands for what the help says."""
 
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (100).")] = None
-    batch: Annotated[int, typer.Option(help="Rows in a step.")] = TrainingOptions.batch
+    batch: Annotated[int, typer.Option(help="Rows in a step.")] = VAEOptions.batch
     seed: Seed = 0
-    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = TrainingOptions.objective
-    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = (
-        TrainingOptions.draws
-    )
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = TrainingOptions.optimizer
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = TrainingOptions.lr
-    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = TrainingOptions.schedule
+    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = VAEOptions.objective
+    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = VAEOptions.draws
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = VAEOptions.optimizer
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = VAEOptions.lr
+    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = VAEOptions.schedule
     warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (half of all, at most 100).")] = None
     flow_start: Annotated[int | None, typer.Option(help="Epochs of a diagonal q (those of --warm-up).")] = None
-    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = TrainingOptions.beta
-    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = TrainingOptions.free_bits
-    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = TrainingOptions.clip
+    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = VAEOptions.beta
+    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = VAEOptions.free_bits
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = VAEOptions.clip
     patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = (
-        TrainingOptions.patience
+        VAEOptions.patience
     )
-    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = TrainingOptions.valid_draws
+    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = VAEOptions.valid_draws
     precision: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRECISIONS) + " (bfloat16 on a GPU)")] = (
-        TrainingOptions.precision
+        VAEOptions.precision
     )
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = TrainingOptions.compile
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = VAEOptions.compile
 
-    def options(self) -> TrainingOptions:
+    def options(self) -> VAEOptions:
         given = {name: value for name, value in vars(self).items() if value is not None}
         # without a warm-up, units of z are lost at once
-        return TrainingOptions(**{"warm_up": min((self.epochs or TrainingOptions.epochs) // 2, 100), **given})
+        return VAEOptions(**{"warm_up": min((self.epochs or VAEOptions.epochs) // 2, 100), **given})
 
 
 @app.command("train")
@@ -211,7 +209,7 @@ def sample_command(
 
 
 def _begun(
-    data: DataOptions, model: ModelOptions, options: TrainingOptions, threads: int | None, out: Path, overwrite: bool
+    data: DataOptions, model: ModelOptions, options: VAEOptions, threads: int | None, out: Path, overwrite: bool
 ) -> tuple[State, TrainingRun, Images]:
     """The state of a new run."""
     if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..atomic import replacing
 from ..errors import first_line
 from .model import VAE, Architecture, build
-from .training import State, TrainingOptions, begin
+from .training import State, VAEOptions, begin
 
 CHECKPOINT_FORMAT = 2
 LAST_FILE, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -30,7 +30,7 @@ class TrainingRun:
     """What a checkpoint says of its run: the architecture, the options, and what the data was."""
 
     architecture: Architecture
-    options: TrainingOptions
+    options: VAEOptions
     data: dict[str, Any]
 
 
@@ -149,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _run(header: dict[str, Any], path: Path) -> TrainingRun:
     try:
         architecture = header["architecture"] | {"shape": tuple(header["architecture"]["shape"])}
-        return TrainingRun(Architecture(**architecture), TrainingOptions(**header["options"]), header["data"])
+        return TrainingRun(Architecture(**architecture), VAEOptions(**header["options"]), header["data"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: expected the settings of a VAE, got others in {path} ({error})") from None
 
