@@ -14,12 +14,12 @@ import torch
 import vi_flows as vf
 from vi_flows.targets import PyroModel
 from vi_flows.testing import Calibration, calibrate_verdict, synthetic
-from vi_flows.testing.calibration import LIMITS, Rate, Row, compare, draw_errors, known_target, measure
-from vi_flows.testing.synthetic import KINDS, Banana, Funnel
+from vi_flows.testing.calibration import LIMITS, CalibrationRow, Rate, compare, draw_errors, known_target, measure
+from vi_flows.testing.synthetic import TARGET_KINDS, Banana, FunnelBijection
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "benchmarks" / "calibration.py"
-IN_ONE = [(kind, seed) for kind, (_, least) in KINDS.items() if least == 1 for seed in range(4)]
-IN_PLANE = [(kind, 10 + i) for i, kind in enumerate(KINDS)] + [("mixture", 16), ("funnel", 14), ("funnel", 16)]
+IN_ONE = [(kind, seed) for kind, (_, least) in TARGET_KINDS.items() if least == 1 for seed in range(4)]
+IN_PLANE = [(kind, 10 + i) for i, kind in enumerate(TARGET_KINDS)] + [("mixture", 16), ("funnel", 14), ("funnel", 16)]
 
 
 def axis(points: int, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ def test_in_the_plane_the_mass_is_one_and_draws_follow_the_density(kind, seed):
         assert largest_gap(draws, nodes, marginal) < 1.95 / math.sqrt(20_000) + 2e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGET_KINDS)
 def test_stein_identity_in_eight_dimensions(kind):
     """E[∂ᵢ log p] = 0 and E[yᵢ ∂ⱼ log p] = −δᵢⱼ for draws of p, whatever p."""
     target = synthetic(kind, 5, dim=8)
@@ -81,7 +81,9 @@ def test_stein_identity_in_eight_dimensions(kind):
         assert float(z.abs().max()) < 5
 
 
-@pytest.mark.parametrize("bijection", [Funnel(torch.tensor([1.7]).double()), Banana(torch.tensor([0.8]).double())])
+@pytest.mark.parametrize(
+    "bijection", [FunnelBijection(torch.tensor([1.7]).double()), Banana(torch.tensor([0.8]).double())]
+)
 def test_funnel_and_banana_are_bijections(bijection):
     z = 2 * torch.randn(50, 4, dtype=torch.float64)
     x, logdet = bijection.forward_and_logdet(z)
@@ -94,7 +96,7 @@ def test_funnel_and_banana_are_bijections(bijection):
 
 def test_funnel_is_that_of_the_catalogue():
     x = 3 * torch.randn(20, 10, dtype=torch.float64)
-    z, logdet = Funnel(torch.tensor([3.0]).double()).inverse_and_logdet(x)
+    z, logdet = FunnelBijection(torch.tensor([3.0]).double()).inverse_and_logdet(x)
     torch.testing.assert_close(vf.bases.StandardNormal(10).log_prob(z) + logdet, vf.catalogue.funnel().log_prob(x))
 
 
@@ -111,7 +113,7 @@ def test_targets_depend_on_kind_and_seed_alone():
 
 
 def test_dimensions_and_scales_vary():
-    targets = [synthetic(kind, seed) for kind in KINDS for seed in range(30)]
+    targets = [synthetic(kind, seed) for kind in TARGET_KINDS for seed in range(30)]
     dims = [target.dim for target in targets]
     assert min(dims) == 1 and max(dims) >= 18 and len(set(dims)) >= 12
     assert all(target.dim >= 2 for target in targets if target.kind in ("funnel", "banana"))
@@ -147,7 +149,7 @@ def test_errors_of_shifted_draws_are_those_of_the_normal_distribution():
 def row(kind="normal", status="reliable", wrong=0.5, own=0.5, failed=(), stopped_by=(), seed=0):
     errors = {name: 0.1 for name in LIMITS}
     own_errors = {name: 0.1 for name in list(LIMITS)[1:]} | {"P50": own}
-    return Row(
+    return CalibrationRow(
         kind,
         seed,
         1,

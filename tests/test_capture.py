@@ -20,7 +20,7 @@ from vi_flows.inference.train.loop import train
 from vi_flows.inference.train.objectives import elbo
 from vi_flows.inference.train.step import Flat, Gradient, ReverseKL
 from vi_flows.targets import PyroModel
-from vi_flows.targets.capture import WAIT, Captured
+from vi_flows.targets.capture import CALLS_BEFORE_RECORDING, Captured
 from vi_flows.targets.recording import METHODS, QUICK, NotRecordedError, Program, Recorder
 
 PAGE = Path(__file__).parent.parent / "docs" / "recorder.md"
@@ -83,10 +83,10 @@ def test_recorded_evaluations_run_without_the_model():
 
 def test_a_size_is_recorded_once_it_has_come_up_often_and_fewer_rows_are_filled_up():
     target = PyroModel(eight_schools, Y, SIGMA)
-    for i in range(WAIT + 1):
+    for i in range(CALLS_BEFORE_RECORDING + 1):
         assert len(target._captured.batches) == 0, i
         value_and_gradient(target, small(10, n=40 + i % 3))
-    assert [(b.rows, b.gradient) for b in target._captured.batches] == [(40 + WAIT % 3, True)]
+    assert [(b.rows, b.gradient) for b in target._captured.batches] == [(40 + CALLS_BEFORE_RECORDING % 3, True)]
     x = small(10, n=7)
     found, expected = value_and_gradient(target, x), value_and_gradient(by_vmap(target), x)
     assert len(target._captured.batches) == 1
@@ -296,11 +296,11 @@ CURVED = vf.LogDensity(lambda x: -0.5 * (x.square().sum(-1) + (x[:, 0] - x[:, 1]
 @pytest.mark.parametrize("recipe", vf.recipes.__all__)
 def test_recorded_steps_give_the_numbers_of_eager_ones(recipe, path):
     gradient, vector, base = gradient_of(recipe, CURVED, path)
-    for i in range(steps_module.WAIT + 3):
+    for i in range(steps_module.STEPS_BEFORE_RECORDING + 3):
         noise = base.noise((16,))
         found, expected = gradient(vector, noise), gradient.eagerly(vector, noise)
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, expected, strict=True))
-        assert (gradient.run is not None) == (i >= steps_module.WAIT)
+        assert (gradient.run is not None) == (i >= steps_module.STEPS_BEFORE_RECORDING)
         vector = vector - 0.01 * found[0]
     assert not gradient.refused
 
@@ -317,7 +317,7 @@ def test_recorded_steps_give_the_numbers_of_eager_ones(recipe, path):
 )
 def test_steps_that_cannot_be_recorded_stay_eager(log_p, reason):
     gradient, vector, base = gradient_of("gaussian", vf.LogDensity(log_p, dim=2))
-    for _ in range(steps_module.WAIT + 2):
+    for _ in range(steps_module.STEPS_BEFORE_RECORDING + 2):
         gradient(vector, base.noise((8,)))
     assert gradient.run is None and reason in gradient.refused
 
@@ -340,7 +340,7 @@ def test_operations_that_change_shapes_in_place_are_recorded():
 def test_a_recorded_step_that_raises_is_done_eagerly():
     target = PyroModel(fails_far_out, FEW[:2])
     gradient, vector, base = gradient_of("gaussian", target)
-    for _ in range(steps_module.WAIT + 1):
+    for _ in range(steps_module.STEPS_BEFORE_RECORDING + 1):
         gradient(vector, 0.1 * base.noise((8,)))
     assert gradient.run is not None and target.failed_rows == 0
     noise = 0.1 * base.noise((8,))

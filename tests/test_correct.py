@@ -78,7 +78,7 @@ def annealed(wrong):
 
 
 def path_of(flow, target, modes=None):
-    return annealing.Path(DefensiveProposal(flow, modes), target)
+    return annealing.LatentPath(DefensiveProposal(flow, modes), target)
 
 
 def far_modes(loc, sd=1.0):
@@ -102,7 +102,7 @@ def test_path_is_the_proposal_and_the_target_in_latent_space():
     proposal = DefensiveProposal(flow, far_modes([[-6.0, 0.0], [6.0, 0.0]]))
     x, log_m, _, _ = proposal.draw(100)
     z, logdet = flow().bijection.inverse_and_logdet(x)
-    path = annealing.Path(proposal, target)
+    path = annealing.LatentPath(proposal, target)
     torch.testing.assert_close(path.at(z).log_m, log_m)
     torch.testing.assert_close(path.at(z).log_p, target.log_prob(x))
     for b in (0.0, 0.3, 1.0):
@@ -193,12 +193,12 @@ def test_banana_from_a_gaussian():
 
 def test_estimate_is_unbiased(monkeypatch):
     """E[Ẑ] = Z, with few particles and on a frozen schedule of a poor pilot run."""
-    monkeypatch.setattr(annealing, "KEPT", 1)  # moves at b = 1 come after Ẑ
+    monkeypatch.setattr(annealing, "KEPT_SWEEPS", 1)  # moves at b = 1 come after Ẑ
     flow, target = gaussian_flow([0.0, 0.0], torch.eye(2)), gaussian([2.0, 1.0], [0.5, 1.5], -1.0)
     with torch.no_grad():
         path = path_of(flow, target, far_modes([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]))
         rungs = annealing.pilot(path, 100)
-        mean, se = mean_and_se([annealing.run(path, rungs, 23).log_z for _ in range(60)], -1.0)
+        mean, se = mean_and_se([annealing.annealing_run(path, rungs, 23).log_z for _ in range(60)], -1.0)
     assert len(rungs) > 1
     assert se < 0.05
     assert abs(mean - 1) < 4 * se
@@ -211,7 +211,7 @@ def test_runs_do_not_change_the_schedule():
         rungs = annealing.pilot(path, 200)
         before = [(rung.b, rung.step, rung.leaps, rung.tril.clone()) for rung in rungs]
         for _ in range(2):
-            annealing.run(path, rungs, 100)
+            annealing.annealing_run(path, rungs, 100)
     for rung, (b, step, leaps, tril) in zip(rungs, before, strict=True):
         assert (rung.b, rung.step, rung.leaps) == (b, step, leaps)
         assert torch.equal(rung.tril, tril)
@@ -233,9 +233,9 @@ def test_run_without_weight_counts_as_zero():
     with torch.no_grad():
         path = path_of(flow, target)
         rungs = annealing.pilot(path, 200)
-        alive = annealing.run(path, rungs, 100)
+        alive = annealing.annealing_run(path, rungs, 100)
         path.target = vf.LogDensity(lambda x: half_plane(x + 1000) + 0 * x.sum(-1), dim=2)
-        dead = annealing.run(path, rungs, 100)
+        dead = annealing.annealing_run(path, rungs, 100)
     assert dead.log_z == -math.inf
     fitted = vf.diagnose(flow, target, progress=False, num_draws=1000)
     result = correct._result(fitted, rungs, [alive, dead])
@@ -396,7 +396,7 @@ def test_the_time_that_annealing_takes_is_told_before_it_is_taken(wrong):
         rungs = annealing.pilot(path, 400, replicates=4, afford=told.append)
         done = time.monotonic() - began
         for _ in range(4):
-            annealing.run(path, rungs, 400)
+            annealing.annealing_run(path, rungs, 400)
         took = time.monotonic() - began
     assert len(told) == 1 + annealing.TUNING * len(rungs) and told[-1] > done
     assert took / 4 < told[-1] < 4 * took

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vi_flows.errors import LONGEST, first_line
+from vi_flows.errors import LONGEST_LINE, first_line
 
 
 @pytest.mark.parametrize(
@@ -19,4 +19,4 @@ def test_first_line(error, with_kind, without):
 
 
 def test_first_line_is_cut():
-    assert len(first_line(ValueError("x" * 1000))) == LONGEST
+    assert len(first_line(ValueError("x" * 1000))) == LONGEST_LINE

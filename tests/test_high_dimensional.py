@@ -11,7 +11,7 @@ from vi_flows.inference.estimate.quantities import estimate
 from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin, spread_of
 from vi_flows.inference.locate.large import (
     MEMORY,
-    Paths,
+    LbfgsPaths,
     curvature_vi,
     lbfgs_paths,
     locate_large,
@@ -66,7 +66,7 @@ def test_the_direction_is_that_of_the_dense_inverse_hessian():
     for k in range(n):
         left = eye - rho[0, k] * torch.outer(s[0, k], y[0, k])
         dense = left @ dense @ left.mT + rho[0, k] * torch.outer(s[0, k], s[0, k])
-    paths = Paths(x, x.sum(-1), grad, diagonal, s, y, rho)
+    paths = LbfgsPaths(x, x.sum(-1), grad, diagonal, s, y, rho)
     torch.testing.assert_close(paths.direction()[0], dense @ grad[0])
     found = paths.gaussian(0)
     tril = found.dense("").scale_tril[0]

@@ -38,7 +38,7 @@ def modules():
 
 
 def room(path):
-    """ "inference/judge" of "inference/judge/checks.py", "flows" of "flows/linear.py", "running" of "running.py"."""
+    """The room that a path is in: "flows" of "flows/linear.py", "inference/judge" of "inference/judge/checks.py"."""
     parts = Path(path).with_suffix("").parts
     return "/".join(parts[:2]) if parts[0] == "inference" and len(parts) > 1 else parts[0]
 

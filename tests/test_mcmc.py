@@ -384,7 +384,7 @@ def test_runs_have_the_target_as_their_law(kernel):
     log_w = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
     batch, steps = 1 if kernel is independence.metropolis else 2, 4
     index = torch.randint(3, (20_000, steps, batch))
-    at = independence.run(log_w[index], kernel)
+    at = independence.independence_chains(log_w[index], kernel)
     matrix = transition(log_w.exp(), kernel, batch)
     for t in range(steps):
         states = index.reshape(20_000, -1).gather(1, at[:, t : t + 1])[:, 0]
@@ -414,10 +414,10 @@ def test_agreement_tells_a_missed_mode():
 def test_verdict_keeps_what_chains_cannot_tell(wrong, nuts):
     """A fit that found a basin outside m, or no end of its tails, is not mended by chains from its draws."""
     failed = Check("proper", 1.0, 0.5, False, "mass far out", Role.TARGET)
-    bad = Verdict.of([*(c for c in nuts.verdict.checks if c.passed), failed], mcmc.LEAD)
+    bad = Verdict.of([*(c for c in nuts.verdict.checks if c.passed), failed], mcmc.CHAINS_LEAD)
     assert bad.status == "unreliable"
     assert "mass far out" in bad.reasons
-    assert Verdict.of([c for c in nuts.verdict.checks if c.passed], mcmc.LEAD).status == "corrected"
+    assert Verdict.of([c for c in nuts.verdict.checks if c.passed], mcmc.CHAINS_LEAD).status == "corrected"
 
 
 def test_errors_are_those_of_autocorrelated_chains():

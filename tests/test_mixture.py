@@ -10,7 +10,7 @@ from vi_flows.flows.bases import Mixture, StandardNormal
 from vi_flows.inference.estimate.weights import effective_sample_size, log_mean
 from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin, gaussian_vi, scale_of
 from vi_flows.inference.locate.locate import _mixture, locate
-from vi_flows.inference.locate.mixture import DRAWS, PATIENCE, adapt_mixture, log_weights_of, whitened
+from vi_flows.inference.locate.mixture import POOR_ROUNDS, ROUND_DRAWS, adapt_mixture, log_weights_of, whitened
 from vi_flows.inference.locate.points import start_points
 from vi_flows.targets import LogDensity, catalogue
 
@@ -64,7 +64,7 @@ def test_adapting_ends_where_next_to_no_draw_counts():
 
     torch.manual_seed(0)
     adapt_mixture(LogDensity(cauchy, 40), gaussians(torch.zeros(2, 40), 1.0), torch.zeros(2).double())
-    assert sum(rows) <= PATIENCE * 2 * DRAWS
+    assert sum(rows) <= POOR_ROUNDS * 2 * ROUND_DRAWS
 
 
 def test_optima_without_mass_make_no_mixture():

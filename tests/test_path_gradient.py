@@ -150,7 +150,7 @@ def test_recorded_steps_are_eager_ones(variant):
     flow = build(variant, 3, sd=0.05)
     step = ReverseKL(flow, vf.LogDensity(lambda x: -x.square().sum(-1) - 0.1 * x.pow(4).sum(-1), dim=3), path=True)
     steps = Gradient(step, Flat(step))
-    for _ in range(steps_module.WAIT + 2):
+    for _ in range(steps_module.STEPS_BEFORE_RECORDING + 2):
         noise = flow.base.noise((16,))
         found, expected = (run(steps.flat.vector, noise) for run in (steps, steps.eagerly))
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, expected, strict=True))

@@ -21,7 +21,7 @@ from scipy import stats
 
 import vi_flows as vf
 from vi_flows.inference.rehearse.ranks import Rate, Uniformity, normalised_ranks
-from vi_flows.inference.rehearse.refits import RankCheck, Row
+from vi_flows.inference.rehearse.refits import RankCheck, Refit
 from vi_flows.inference.rehearse.rehearse import Rehearsal, rehearse
 from vi_flows.targets.pyro_simulate import check_prior, conditioned_on_data, simulate, with_data, with_replicate
 from vi_flows.testing import simulation_based_calibration
@@ -334,9 +334,9 @@ def test_one_sided_bound_is_that_of_the_binomial(count, total):
 
 
 def test_claims_apart_and_json():
-    rows = [Row(i, "reliable", 1.0, {"a": 0.5, "b": 0.3 + 0.02 * i}) for i in range(8)]
-    rows += [Row(8, "corrected", 1.0, {"a": 0.5, "b": 0.004}), Row(9, "corrected", 1.0, {"a": 0.5, "b": 0.002})]
-    rows += [Row(10, "unreliable", 1.0, {"a": 0.999999, "b": 0.5}), Row(11, "error", 1.0, message="no")]
+    rows = [Refit(i, "reliable", 1.0, {"a": 0.5, "b": 0.3 + 0.02 * i}) for i in range(8)]
+    rows += [Refit(8, "corrected", 1.0, {"a": 0.5, "b": 0.004}), Refit(9, "corrected", 1.0, {"a": 0.5, "b": 0.002})]
+    rows += [Refit(10, "unreliable", 1.0, {"a": 0.999999, "b": 0.5}), Refit(11, "error", 1.0, message="no")]
     found = RankCheck(rows)
     assert (len(found.claims), len(found.fits)) == (10, 11)
     assert rows[8].p_value == pytest.approx(0.016) and rows[9].p_value == pytest.approx(0.008)
@@ -356,7 +356,7 @@ def test_claims_apart_and_json():
 
 def test_resolution_is_what_eighty_percent_of_tests_see():
     generator = torch.Generator().manual_seed(0)
-    rows = [Row(i, "reliable", 1.0, {"a": float(u)}) for i, u in enumerate(torch.rand(25, generator=generator))]
+    rows = [Refit(i, "reliable", 1.0, {"a": float(u)}) for i, u in enumerate(torch.rand(25, generator=generator))]
     offset = RankCheck(rows).resolution
     z = offset + torch.randn(4000, 25, generator=generator, **DOUBLE)
     p = 2 * stats.norm.sf((z.mean(1).abs() * 5).numpy())

@@ -22,7 +22,7 @@ import vi_flows as vf
 from vi_flows.inference.estimate import psis
 from vi_flows.report import panels, self_test
 from vi_flows.report.draws import select
-from vi_flows.report.plots import KINDS
+from vi_flows.report.plots import PLOT_KINDS
 
 QUICK = {"progress": False, "correct": False, "steps": 60, "particles": 64, "num_draws": 1000}
 Y = torch.tensor([1.0, 2.0, 6.0])
@@ -272,7 +272,7 @@ def drawn(posterior, kind="overview", **options):
     return figure
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLOT_KINDS)
 def test_every_kind_of_picture(kind, model, density, without_target):
     for posterior in (model, density, *without_target.values()):
         if kind == "density" and posterior is not density:
@@ -380,7 +380,7 @@ def test_single_quantity_and_odd_names():
         pyro.sample("a$b$_c", dist.Normal(0.0, 1.0))
 
     posterior = vf.fit(odd, **QUICK)
-    for kind in KINDS:
+    for kind in PLOT_KINDS:
         if kind != "density":
             drawn(posterior, kind)
 

@@ -347,7 +347,7 @@ def test_many_local_scales_are_not_few():
 
 
 def test_no_more_than_is_asked_for_when_time_is_up():
-    """ "auto" goes on with what is quick; a user who asked for it is given a structured flow, if a poor one."""
+    """What is quick goes on under "auto"; a user who asked for it is given a structured flow, if a poor one."""
     target, clock = vf.PyroModel(hierarchy(40)[0]), Clock(1e-3)
     with clock.ending("locating", 0.4):
         time.sleep(1e-3)

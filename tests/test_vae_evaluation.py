@@ -13,11 +13,11 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, N
 
 from vi_flows import recipes
 from vi_flows.report.vae_page import GAP, ZOOM, montage, write_images, write_page
-from vi_flows.vae.bounds import bound, log_mean
+from vi_flows.vae.bounds import bound, log_mean_by_row
 from vi_flows.vae.evaluation import Estimate, _unseen, evaluate
 from vi_flows.vae.likelihoods import Bernoulli, Likelihood
 from vi_flows.vae.model import POSTERIORS, VAE, Architecture, build
-from vi_flows.vae.refine import Draws, folded, refine, terms
+from vi_flows.vae.refine import RefinedDraws, folded, refine, terms
 
 DIM, LATENT, SD = 12, 3, 0.4
 DOUBLE = torch.float64
@@ -141,7 +141,9 @@ def test_iwae_is_as_in_burda_et_al(model):
 
 
 def test_log_mean_of_even_weights():
-    torch.testing.assert_close(log_mean(torch.full((5, 2), -700.0, dtype=DOUBLE)), torch.full((2,), -700.0).double())
+    torch.testing.assert_close(
+        log_mean_by_row(torch.full((5, 2), -700.0, dtype=DOUBLE)), torch.full((2,), -700.0).double()
+    )
 
 
 @pytest.mark.parametrize("posterior", ["diagonal", "iaf"])
@@ -167,7 +169,7 @@ def test_many_numbers_a_draw_make_chunks_smaller(monkeypatch):
     vae, x = small()
     seen = []
     expected = bound(vae, x, draws=50)
-    monkeypatch.setattr("vi_flows.vae.bounds.NUMBERS", 16 * 7)
+    monkeypatch.setattr("vi_flows.vae.bounds.DECODED_NUMBERS", 16 * 7)
     vae.decoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][..., 0].numel()))
     torch.testing.assert_close(bound(vae, x, draws=50), expected, rtol=0, atol=1e-4)
     assert max(seen) == 7 and sum(seen) == 9 * 50
@@ -220,7 +222,7 @@ def test_a_folded_flow_is_the_flow_at_its_context(posterior):
     h, noise = vae.encoder(x), torch.randn(6, 9, 5)
     z, log_q = vae.posterior(h).from_noise(noise)
     frame = (torch.zeros(9, 5), torch.ones(9, 5))
-    got = terms(vae, x, Draws(vae.posterior), frame, folded(vae.posterior, h, 9), noise)
+    got = terms(vae, x, RefinedDraws(vae.posterior), frame, folded(vae.posterior, h, 9), noise)
     torch.testing.assert_close(got.z, z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.log_q, log_q, rtol=1e-4, atol=1e-4)
 
@@ -251,7 +253,7 @@ def test_a_frame_moves_and_scales(model):
     flow = recipes.gaussian(LATENT).double()
     loc, scale = torch.randn(1, LATENT, dtype=DOUBLE), 0.5 + torch.rand(1, LATENT, dtype=DOUBLE)
     noise = torch.randn(8, 1, LATENT, dtype=DOUBLE)
-    got = terms(vae, x, Draws(flow), (loc, scale), folded(flow, None, 1), noise)
+    got = terms(vae, x, RefinedDraws(flow), (loc, scale), folded(flow, None, 1), noise)
     z = flow().from_noise(noise)[0]
     expected = flow().log_prob(z) - scale.log().sum()
     torch.testing.assert_close(got.z, loc + scale * z)

@@ -20,10 +20,10 @@ from vi_flows.cli import main
 from vi_flows.errors import DivergedError
 from vi_flows.running import seeded
 from vi_flows.vae import checkpoint
-from vi_flows.vae.checkpoint import Run
+from vi_flows.vae.checkpoint import TrainingRun
 from vi_flows.vae.data import load
 from vi_flows.vae.model import Architecture, build
-from vi_flows.vae.training import Options, begin, kl_weight, learning_rate, parameter_groups, train
+from vi_flows.vae.training import VAEOptions, begin, kl_weight, learning_rate, parameter_groups, train
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -40,10 +40,10 @@ def data(tmp_path_factory):
 
 
 def start(data, posterior="planar", **options):
-    images, options = load(data), Options(**{"epochs": 3, "batch": 30, **options})
+    images, options = load(data), VAEOptions(**{"epochs": 3, "batch": 30, **options})
     architecture = Architecture(images.shape, latent=2, posterior=posterior, network_options={"hidden": [10, 8]})
     torch.manual_seed(options.seed)
-    return begin(build(architecture), options), images, Run(architecture, options, {})
+    return begin(build(architecture), options), images, TrainingRun(architecture, options, {})
 
 
 def ran(data, **options):
@@ -75,11 +75,11 @@ def test_a_seed_is_a_run(data):
 
 
 def test_schedules():
-    cosine, warm = Options(epochs=10, schedule="cosine", lr=1.0), Options(warm_up=4, beta=2.0)
+    cosine, warm = VAEOptions(epochs=10, schedule="cosine", lr=1.0), VAEOptions(warm_up=4, beta=2.0)
     assert learning_rate(cosine, 0.0) == 1 and learning_rate(cosine, 5.0) == pytest.approx(0.5)
     assert learning_rate(cosine, 10.0) == pytest.approx(0)
     assert [kl_weight(warm, e) for e in (0.0, 0.9, 1.0, 3.0, 9.5)] == [0.5, 0.5, 1.0, 2.0, 2.0]
-    assert kl_weight(Options(), 0.0) == 1
+    assert kl_weight(VAEOptions(), 0.0) == 1
 
 
 def test_free_bits_leave_kl_alone_below_them(data):
@@ -114,7 +114,7 @@ def test_the_flow_begins_when_warm_up_ends(data, posterior):
         train(state, images, run.options, stop=lambda: (state.epoch + 1, state.step) == (epochs, 3))
         return [not torch.equal(parameters(p), was) for p, was in zip(state.vae.posterior.layers, before, strict=True)]
 
-    assert Options(3, warm_up=2).flow_start == 1 and Options(9, warm_up=2).flow_start == 2
+    assert VAEOptions(3, warm_up=2).flow_start == 1 and VAEOptions(9, warm_up=2).flow_start == 2
     assert moved(2) == [False] * (len(moved(2)) - 1) + [True]
     assert all(moved(3))
 

@@ -22,10 +22,10 @@ from vi_flows.inference.estimate.weights import Weights, log_mean
 from vi_flows.inference.judge import checks, probing
 from vi_flows.inference.judge.proposal import DefensiveProposal
 from vi_flows.inference.judge.propriety import FAR, far_shares
-from vi_flows.inference.judge.verdict import FIRST, judge
+from vi_flows.inference.judge.verdict import FIRST_DRAWS, judge
 from vi_flows.inference.locate.gaussian import Gaussians, Kind, Origin
 from vi_flows.running import Clock, seeded
-from vi_flows.testing.synthetic import Funnel, synthetic
+from vi_flows.testing.synthetic import FunnelBijection, synthetic
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -59,7 +59,7 @@ def funnel_draws(n: int, dim: int) -> torch.Tensor:
 
 def funnel_flow(dim: int) -> Flow:
     """The flow that straightens it."""
-    return Flow([Fixed(Funnel, scale=torch.tensor([2.0], dtype=torch.float64))], StandardNormal(dim)).double()
+    return Flow([Fixed(FunnelBijection, scale=torch.tensor([2.0], dtype=torch.float64))], StandardNormal(dim)).double()
 
 
 def exact_weights(target: vf.LogDensity, x: torch.Tensor) -> Weights:
@@ -217,14 +217,14 @@ def judged(flow, target, **options):
 def test_draws_are_doubled_where_that_mends():
     """A flow 1.35 times too wide in 22 dimensions: weights have an ESS of (√2.645/1.8225)²² = 8 % of the draws."""
     found = judged(gaussian_flow(22, 1.35), normal(22))
-    assert len(found.proposal.x) > FIRST and found.verdict.status != "unreliable"
-    assert len(judged(gaussian_flow(22, 1.05), normal(22)).proposal.x) == FIRST
+    assert len(found.proposal.x) > FIRST_DRAWS and found.verdict.status != "unreliable"
+    assert len(judged(gaussian_flow(22, 1.05), normal(22)).proposal.x) == FIRST_DRAWS
 
 
 def test_judging_ends_where_no_doubling_mends():
     """A flow 2 units off in each of 22 dimensions: a few draws carry all the weight, whatever their number."""
     found = judged(gaussian_flow(22, 1.0, shift=2.0), normal(22), modes=None)
-    assert len(found.proposal.x) == FIRST and found.verdict.status == "unreliable"
+    assert len(found.proposal.x) == FIRST_DRAWS and found.verdict.status == "unreliable"
     assert {"tails", "precision"} <= set(named(found.verdict)) and "tails of means" not in named(found.verdict)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LONGEST = 200  # characters of such a line
+LONGEST_LINE = 200  # characters of such a line
 
 
 class DivergedError(RuntimeError):
@@ -18,4 +18,4 @@ def first_line(error: BaseException, kind: bool = True) -> str:
     if not lines:
         return type(error).__name__
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return (f"{type(error).__name__}: {line}" if kind else line)[:LONGEST]
+    return (f"{type(error).__name__}: {line}" if kind else line)[:LONGEST_LINE]

@@ -20,8 +20,8 @@ import torch
 from rows import read, wanted, write
 
 from vi_flows.testing import calibrate_verdict
-from vi_flows.testing.calibration import NECKS, Row
-from vi_flows.testing.synthetic import KINDS
+from vi_flows.testing.calibration import NECKS, CalibrationRow
+from vi_flows.testing.synthetic import TARGET_KINDS
 
 HEADER = (
     f"{'kind':<8} {'seed':>4} {'D':>3} {'CPU s':>6} {'status':<10} {'k̂':>5} {'ESS':>5} {'log Z error':>11} "
@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="part of a kind, or several: a,b")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all rows here, after every row")
     arguments = parser.parse_args()
-    every = (*KINDS, *NECKS)
-    kinds = [kind for kind in every if wanted(kind, arguments.only)] if arguments.only else list(KINDS)
+    every = (*TARGET_KINDS, *NECKS)
+    kinds = [kind for kind in every if wanted(kind, arguments.only)] if arguments.only else list(TARGET_KINDS)
     if not kinds:
         parser.error(f"--only: expected part of one of {', '.join(every)}, got {arguments.only}")
     if arguments.n < 1:
@@ -47,7 +47,7 @@ def main() -> None:
     print(HEADER, flush=True)
     rows = {(row.kind, row.seed): row for row in map(restored, read(arguments.json)) if row.status != "error"}
 
-    def report(row: Row) -> None:
+    def report(row: CalibrationRow) -> None:
         print(line(row), flush=True)
         rows[row.kind, row.seed] = row
         if arguments.json is not None:
@@ -56,7 +56,7 @@ def main() -> None:
     print(calibrate_verdict(arguments.n, arguments.seed, kinds=kinds, kept=list(rows.values()), report=report).table())
 
 
-def restored(plain: dict[str, Any]) -> Row:
+def restored(plain: dict[str, Any]) -> CalibrationRow:
     """A row as it was before it was written: infinities are text in the file, NaN is null."""
 
     def number(value: Any) -> Any:
@@ -64,10 +64,10 @@ def restored(plain: dict[str, Any]) -> Row:
             return {name: number(item) for name, item in value.items()}
         return float("nan") if value is None else float(value) if value in ("inf", "-inf") else value
 
-    return Row(**{name: number(value) for name, value in plain.items()})
+    return CalibrationRow(**{name: number(value) for name, value in plain.items()})
 
 
-def line(row: Row) -> str:
+def line(row: CalibrationRow) -> str:
     start = f"{row.kind:<8} {row.seed:>4} {row.dim:>3} {row.cpu_seconds:>6.1f} {row.status:<10} "
     if row.status == "error":
         return start + " ".join(row.message.split())[:160]
@@ -80,7 +80,7 @@ def worst(errors: dict[str, float]) -> str:
     return f"{name} {errors[name]:.2f}"
 
 
-def result(row: Row) -> str:
+def result(row: CalibrationRow) -> str:
     said = "right" if row.right else f"wrong: {', '.join(row.wrong)}"
     if row.claimed:
         return said if row.right else f"{said}; FALSE CLAIM"

@@ -22,7 +22,7 @@ import torch
 from rows import read, write
 from torch import Tensor
 
-from vi_flows.inference.rehearse.refits import Row
+from vi_flows.inference.rehearse.refits import Refit
 from vi_flows.testing import simulation_based_calibration
 
 HEADER = f"{'model':<10} {'seed':>4} {'CPU s':>6} {'status':<10} {'p':>5}  failed checks"
@@ -78,7 +78,7 @@ def main() -> None:
     print(HEADER, flush=True)
     for name in arguments.model or known:
 
-        def report(row: Row, name: str = name) -> None:
+        def report(row: Refit, name: str = name) -> None:
             print(line(name, row), flush=True)
             rows[name, row.seed] = {"model": name, **dataclasses.asdict(row)}
             if arguments.json is not None:
@@ -91,11 +91,11 @@ def main() -> None:
     print("\n".join(tables))
 
 
-def restored(plain: dict) -> Row:
-    return Row(**{name: value for name, value in plain.items() if name != "model"})
+def restored(plain: dict) -> Refit:
+    return Refit(**{name: value for name, value in plain.items() if name != "model"})
 
 
-def line(name: str, row: Row) -> str:
+def line(name: str, row: Refit) -> str:
     start = f"{name:<10} {row.seed:>4} {row.cpu_seconds:>6.1f} {row.status:<10} "
     return start + (" ".join(row.message.split())[:160] or f"{row.p_value:>5.2f}  {', '.join(row.failed)}")
 

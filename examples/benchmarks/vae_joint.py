@@ -28,7 +28,7 @@ from torch import Tensor
 from vi_flows.vae import POSTERIORS, Architecture, Images, build, load
 from vi_flows.vae.bounds import bound
 from vi_flows.vae.networks import NETWORKS
-from vi_flows.vae.training import Options, begin, train
+from vi_flows.vae.training import VAEOptions, begin, train
 
 LATENT, DRAWS = 64, 200
 BOUNDS = ("elbo", "iwae")
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 def measure(name: str, data: Images, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     warm_up = arguments.epochs // 2 if arguments.warm_up is None else arguments.warm_up
-    options = Options(arguments.epochs, schedule="cosine", warm_up=warm_up, valid_draws=1, seed=seed)
+    options = VAEOptions(arguments.epochs, schedule="cosine", warm_up=warm_up, valid_draws=1, seed=seed)
     torch.manual_seed(seed)
     architecture = Architecture(
         data.shape, LATENT, arguments.network, posterior=name, centre=data.centre, spread=data.spread

@@ -37,7 +37,7 @@ from vi_flows.vae.data import Images, load
 from vi_flows.vae.evaluation import Estimate
 from vi_flows.vae.model import VAE, Architecture, build
 from vi_flows.vae.refine import refine
-from vi_flows.vae.training import Options, begin, train
+from vi_flows.vae.training import VAEOptions, begin, train
 
 LATENT = 32
 IMAGES, FRESH = 40, 2000  # test images, and draws to judge a posterior by
@@ -117,8 +117,8 @@ def trained(data: Images) -> VAE:
     began = time.monotonic()
     torch.manual_seed(0)
     vae = build(Architecture(data.shape, LATENT, centre=data.centre, spread=data.spread))
-    state = begin(vae, Options(epochs=5, valid_draws=1))
-    train(state, data, Options(epochs=5, valid_draws=1))
+    state = begin(vae, VAEOptions(epochs=5, valid_draws=1))
+    train(state, data, VAEOptions(epochs=5, valid_draws=1))
     print(f"VAE: {time.monotonic() - began:.0f} s, validation ELBO {state.history[-1]['valid_elbo']:.2f}", flush=True)
     return vae
 

@@ -29,7 +29,7 @@ from rows import wanted
 from torch import Tensor, nn
 
 from vi_flows.vae import POSTERIORS, Architecture, build
-from vi_flows.vae.training import NegativeBound, Options, begin
+from vi_flows.vae.training import NegativeBound, VAEOptions, begin
 
 LATENT, CONTEXT, LAYERS = 64, 256, 4
 WIDTHS = {"iaf": {"hidden": (320,)}}
@@ -93,8 +93,8 @@ def pyro_step(x: Tensor, transform: Callable[[], nn.Module] | None = None) -> Ca
 def our_step(x: Tensor, posterior: str) -> Callable[[], None]:
     options = WIDTHS.get(posterior, {})
     architecture = Architecture((1, 28, 28), LATENT, posterior=posterior, posterior_options=options)
-    state = begin(build(architecture), Options())
-    loss = NegativeBound(state.vae, Options())
+    state = begin(build(architecture), VAEOptions())
+    loss = NegativeBound(state.vae, VAEOptions())
 
     def step() -> None:
         noise = state.vae.posterior.base.noise((1, len(x)))

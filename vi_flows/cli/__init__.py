@@ -19,11 +19,11 @@ from ..vae.distributed import LostWorker
 from . import demo as eight_schools
 from . import vae
 from .inputs import known_densities, loaded, read_data, to_density, to_model
-from .options import Fitting, Run, takes_records
+from .options import Fitting, RunOptions, takes_records
 from .output import as_dict, draw, prepare_folder, prepare_picture, show, to_json, write
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-DRAWS = 4000
+DEFAULT_DRAWS = 4000
 
 app = typer.Typer(
     add_completion=False,
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 app.add_typer(vae.app, name="vae")
 
-Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DRAWS}).")]
+Draws = Annotated[int | None, typer.Option("--draws", "-n", help=f"Weighted draws in DIR/draws.npz ({DEFAULT_DRAWS}).")]
 Rehearse = Annotated[
     int, typer.Option("--rehearse", metavar="K", help="Draw K data sets from the fit and refit them, to see it err.")
 ]
@@ -100,7 +100,7 @@ def _options(
 def fit(
     model: Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Pyro model.")],
     fitting: Fitting,
-    run: Run,
+    run: RunOptions,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="FILE.json", help="A JSON object of the model's arguments.")
     ] = None,
@@ -116,7 +116,7 @@ def fit(
 @takes_records
 def sample(
     fitting: Fitting,
-    run: Run,
+    run: RunOptions,
     density: Annotated[
         str,
         typer.Argument(metavar="FILE.py:FUNCTION|NAME", help="A log density (N, D) -> (N,), or a known one's name."),
@@ -139,7 +139,7 @@ def sample(
 
 @app.command()
 @takes_records
-def demo(run: Run) -> None:
+def demo(run: RunOptions) -> None:
     """Fit eight schools, a small hierarchical model with real data; a picture goes to demo.png or to DIR."""
     if not run.as_json:
         print(eight_schools.TITLE)
@@ -148,7 +148,7 @@ def demo(run: Run) -> None:
     _run(vf.PyroModel(eight_schools.model, *eight_schools.data()), run)
 
 
-def _run(target: vf.Target, run: Run, draws: int | None = None, **options: Any) -> None:
+def _run(target: vf.Target, run: RunOptions, draws: int | None = None, **options: Any) -> None:
     """Fit, write the files that were asked for, and print the result."""
     if draws is not None and (draws < 1 or run.out is None):
         raise ValueError(
@@ -163,7 +163,7 @@ def _run(target: vf.Target, run: Run, draws: int | None = None, **options: Any) 
     summary = posterior.summary()
     files = [draw(posterior, run.plot)] if run.plot is not None else []
     if run.out is not None:
-        files = write(posterior, summary, run.out, draws or DRAWS, run.plot)
+        files = write(posterior, summary, run.out, draws or DEFAULT_DRAWS, run.plot)
     if run.as_json:
         print(to_json(as_dict(posterior, summary, files)))
         return

@@ -21,7 +21,7 @@ import vi_flows as vf
 
 from ..errors import first_line
 
-LISTED = 8  # names shown of those that a file defines
+LISTED_NAMES = 8  # names shown of those that a file defines
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _function(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
     if found is not None:
         raise ValueError(f"target: expected {name} in {path} to be a function, got {type(found).__name__}")
     own = [n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    listed = ", ".join([n for n in own if not n.startswith("_")][:LISTED]) or "no function"
+    listed = ", ".join([n for n in own if not n.startswith("_")][:LISTED_NAMES]) or "no function"
     raise ValueError(f"target: expected a function {name!r} in {path}, got none of that name; it defines {listed}")
 
 

@@ -62,7 +62,7 @@ class Fitting:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """What every command that fits is asked for: the run's seed and length, and where its result goes."""
 
     seed: Seed = 0

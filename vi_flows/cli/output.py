@@ -23,11 +23,11 @@ from ..atomic import replacing
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-ROWS = 40  # of the summary that are printed
-COLUMNS = ("mean", "sd", "5%", "50%", "95%", "mcse_mean")  # those that fit a screen; the files have all
+SUMMARY_ROWS = 40  # of the summary that are printed
+SUMMARY_COLUMNS = ("mean", "sd", "5%", "50%", "95%", "mcse_mean")  # those that fit a screen; the files have all
 PICTURES = (".png", ".pdf", ".svg")
 STYLES = {"reliable": "bold green", "corrected": "bold yellow", "unreliable": "bold red"}
-MEANINGS = {
+VERDICT_MEANINGS = {
     "reliable": "The flow and its draws can be used as they are.",
     "corrected": "Use weighted draws (as in this table and in draws.npz).",
     "unreliable": "Do not rely on these numbers.",
@@ -36,12 +36,12 @@ MEANINGS = {
 
 def show(posterior: vf.Posterior, summary: DataFrame, console: Console) -> None:
     """The summary table, the verdict in words, and the numbers behind it."""
-    console.print(_table(summary[list(COLUMNS)]))
-    if len(summary) > ROWS:
-        console.print(f"... and {len(summary) - ROWS} more rows (all of them with --out DIR or --json)")
+    console.print(_table(summary[list(SUMMARY_COLUMNS)]))
+    if len(summary) > SUMMARY_ROWS:
+        console.print(f"... and {len(summary) - SUMMARY_ROWS} more rows (all of them with --out DIR or --json)")
     status = posterior.verdict.status
-    console.print(f"Verdict: [{STYLES[status]}]{status}[/]. {MEANINGS[status]}")
-    for reason in posterior.verdict.reasons[1:]:  # the first says what MEANINGS does
+    console.print(f"Verdict: [{STYLES[status]}]{status}[/]. {VERDICT_MEANINGS[status]}")
+    for reason in posterior.verdict.reasons[1:]:  # the first says what VERDICT_MEANINGS does
         console.print(_item(reason))
     console.print()
     console.print(_numbers(posterior))
@@ -57,7 +57,7 @@ def _table(summary: DataFrame) -> Table:
     table.add_column("", overflow="fold")
     for name in summary.columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for name, row in summary.head(ROWS).iterrows():
+    for name, row in summary.head(SUMMARY_ROWS).iterrows():
         table.add_row(str(name), *(f"{value:.4g}" for value in row))
     return table
 

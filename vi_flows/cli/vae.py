@@ -19,21 +19,21 @@ from ..progress import Progress
 from ..running import seeded
 from ..running import threads as torch_threads
 from ..vae import checkpoint
-from ..vae.checkpoint import Run
+from ..vae.checkpoint import TrainingRun
 from ..vae.data import BINARISE, Images, load
 from ..vae.distributed import Workers, workers
 from ..vae.evaluation import evaluate
 from ..vae.likelihoods import LIKELIHOODS
-from ..vae.model import POSTERIORS, PRIORS, Architecture, build
+from ..vae.model import POSTERIORS, PRIOR_KINDS, Architecture, build
 from ..vae.networks import NETWORKS
 from ..vae.objectives import OBJECTIVES
-from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, Options, State, begin, train
+from ..vae.training import OPTIMIZERS, PRECISIONS, SCHEDULES, State, VAEOptions, begin, train
 from .options import AsJson, NoProgress, Seed, takes_records
 from .output import prepare_folder, to_json
 
 LIKELIHOOD_OF = {2: "bernoulli", 256: "categorical", None: "gaussian"}  # of data with so many levels
 STOPPED = 143  # exit status where a signal ended training, and its state was saved
-EVALUATION, PAGE, SAMPLES = "evaluation.json", "report.html", "samples.png"
+EVALUATION, PAGE, SAMPLES_FILE = "evaluation.json", "report.html", "samples.png"
 
 app = typer.Typer(help="Train a VAE whose posterior is a flow, evaluate it, draw from it.", no_args_is_help=True)
 
@@ -70,7 +70,7 @@ class ModelOptions:
     network: Annotated[str, typer.Option(metavar="NAME", help=", ".join(NETWORKS))] = "mlp"
     likelihood: Annotated[str | None, typer.Option(metavar="NAME", help=", ".join(LIKELIHOODS) + " (by data)")] = None
     layers: Annotated[int | None, typer.Option(help="Of the flow (4; spline_autoregressive 2).")] = None
-    prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIORS))] = "normal"
+    prior: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRIOR_KINDS))] = "normal"
 
     def architecture(self, images: Images) -> Architecture:
         return Architecture(
@@ -88,34 +88,34 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train, by the names of training.Options; None stands for what the help says."""
+    """How to train, by the names of training.VAEOptions; None stands for what the help says."""
 
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows (100).")] = None
-    batch: Annotated[int, typer.Option(help="Rows in a step.")] = Options.batch
+    batch: Annotated[int, typer.Option(help="Rows in a step.")] = VAEOptions.batch
     seed: Seed = 0
-    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = Options.objective
-    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = Options.draws
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = Options.optimizer
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = Options.lr
-    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = Options.schedule
+    objective: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OBJECTIVES))] = VAEOptions.objective
+    draws: Annotated[int, typer.Option(help="K, of q(z|x) for each row; 2 or more for iwae, dreg.")] = VAEOptions.draws
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=", ".join(OPTIMIZERS))] = VAEOptions.optimizer
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = VAEOptions.lr
+    schedule: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SCHEDULES))] = VAEOptions.schedule
     warm_up: Annotated[int | None, typer.Option(help="Epochs over which β rises (half of all, at most 100).")] = None
     flow_start: Annotated[int | None, typer.Option(help="Epochs of a diagonal q (those of --warm-up).")] = None
-    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = Options.beta
-    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = Options.free_bits
-    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = Options.clip
+    beta: Annotated[float, typer.Option(help="The weight of the KL.")] = VAEOptions.beta
+    free_bits: Annotated[float, typer.Option(help="Nats of KL that cost nothing.")] = VAEOptions.free_bits
+    clip: Annotated[float, typer.Option(help="Largest norm of a gradient; 0: none.")] = VAEOptions.clip
     patience: Annotated[int, typer.Option(help="Epochs without a better validation bound; 0: no early stop.")] = (
-        Options.patience
+        VAEOptions.patience
     )
-    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = Options.valid_draws
+    valid_draws: Annotated[int, typer.Option(help="K of the validation bound IWAE-K.")] = VAEOptions.valid_draws
     precision: Annotated[str, typer.Option(metavar="NAME", help=", ".join(PRECISIONS) + " (bfloat16 on a GPU)")] = (
-        Options.precision
+        VAEOptions.precision
     )
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = Options.compile
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks.")] = VAEOptions.compile
 
-    def options(self) -> Options:
+    def options(self) -> VAEOptions:
         given = {name: value for name, value in vars(self).items() if value is not None}
         # without a warm-up, units of z are lost at once
-        return Options(**{"warm_up": min((self.epochs or Options.epochs) // 2, 100), **given})
+        return VAEOptions(**{"warm_up": min((self.epochs or VAEOptions.epochs) // 2, 100), **given})
 
 
 @app.command("train")
@@ -203,14 +203,14 @@ def sample_command(
     vae, run, _ = checkpoint.load(_existing(folder))
     with seeded(seed):
         x = vae.sample(n, mean=not noisy)
-    path = out or folder / SAMPLES
+    path = out or folder / SAMPLES_FILE
     write_images(path, x, run.architecture.shape)
     print(path)
 
 
 def _begun(
-    data: DataOptions, model: ModelOptions, options: Options, threads: int | None, out: Path, overwrite: bool
-) -> tuple[State, Run, Images]:
+    data: DataOptions, model: ModelOptions, options: VAEOptions, threads: int | None, out: Path, overwrite: bool
+) -> tuple[State, TrainingRun, Images]:
     """The state of a new run."""
     if not overwrite and any((out / name).exists() for name in checkpoint.NAMES):
         raise ValueError(f"--out: expected a folder without a run, got {out}; add --resume or --overwrite")
@@ -226,7 +226,7 @@ def _begun(
     prepare_folder(out)
     if overwrite:
         checkpoint.clear(out)
-    return begin(vae, options), Run(architecture, options, source), images
+    return begin(vae, options), TrainingRun(architecture, options, source), images
 
 
 def _shape(given: str | None) -> tuple[int, ...] | None:
@@ -236,7 +236,7 @@ def _shape(given: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"--shape: expected C,H,W, got {given}; such as 1,28,28") from None
 
 
-def _resumed(out: Path, epochs: int | None) -> tuple[State, Run, Images]:
+def _resumed(out: Path, epochs: int | None) -> tuple[State, TrainingRun, Images]:
     state, run = checkpoint.resume(_existing(out))
     if epochs is not None:
         run = replace(run, options=replace(run.options, epochs=epochs))
@@ -255,11 +255,11 @@ def _refuse_others(context: typer.Context) -> None:
             raise ValueError(f"{flag}: expected none beside --resume, which takes those of --out; leave it out")
 
 
-def _trained(state: State, run: Run, images: Images, out: Path, show: bool, processes: Workers) -> bool:
+def _trained(state: State, run: TrainingRun, images: Images, out: Path, show: bool, processes: Workers) -> bool:
     """Train with a progress bar, saving as it goes; a signal saves and stops."""
     with Progress(show and processes.first, remaining=True) as bar, stopping() as stop:
         bar.stage("training", run.options.epochs)
-        rate = Rate(run.options.batch)
+        rate = Throughput(run.options.batch)
 
         def report(state: State, steps: int) -> None:
             if state.step % 10 == 0 or state.step == steps:
@@ -278,7 +278,7 @@ def _line(state: State, rate: float) -> str:
     return f"ELBO {elbo / count:.1f} = {likelihood / count:.1f} − KL {kl / count:.1f}  {rate:.0f} images/s"
 
 
-class Rate:
+class Throughput:
     """Images in a second since it was made; called after every tenth step."""
 
     def __init__(self, batch: int):

@@ -12,7 +12,7 @@ from .conditioner import Conditioner, Network, Passes, Swept
 from .univariate import Univariate
 
 CHEAP = 2  # raw numbers a coordinate, up to which a univariate costs less than its network (affine, not splines)
-MANY = 16  # coordinates, from which on a few passes of the whole network are cheaper than a sweep
+SWEEP_DIMS = 16  # coordinates, from which on a few passes of the whole network are cheaper than a sweep
 
 
 class AutoregressiveBijection(Bijection):
@@ -58,7 +58,7 @@ class AutoregressiveBijection(Bijection):
         return [columns[i] for i in self.order]
 
     def inverse_and_logdet(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[-1] >= MANY and self.cheap and not torch.is_grad_enabled():
+        if x.shape[-1] >= SWEEP_DIMS and self.cheap and not torch.is_grad_enabled():
             settled = self.settled(x)
             if settled is not None:
                 return settled

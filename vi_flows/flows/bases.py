@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from ..arguments import whole
 
-FEW = 8  # components, up to which all of them are drawn from and one is taken
+FEW_COMPONENTS = 8  # components, up to which all of them are drawn from and one is taken
 
 
 class Base(nn.Module, ABC):
@@ -140,7 +140,7 @@ class Mixture(Base):
     def transform(self, noise: Tensor) -> Tensor:
         epsilon, index = noise[..., : self.dim], noise[..., self.dim].long()
         loc, tril = self.components()
-        if len(loc) > FEW:
+        if len(loc) > FEW_COMPONENTS:
             return loc[index] + (tril[index] @ epsilon.unsqueeze(-1)).squeeze(-1)
         every = torch.einsum("kij,...j->...ki", tril, epsilon) + loc  # a factor for each draw would be dim² numbers
         return every.gather(-2, index[..., None, None].expand(*index.shape, 1, self.dim)).squeeze(-2)

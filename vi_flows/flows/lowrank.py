@@ -14,12 +14,12 @@ from .bijection import Bijection
 from .inversion import monotone_root, where_converged
 from .linear import matvec, solve_triangular
 
-MARGIN = 1e-3  # from the edge of invertibility: tanh(10) · tanh(−10) is −1 in float32
+INVERTIBLE_MARGIN = 1e-3  # from the edge of invertibility: tanh(10) · tanh(−10) is −1 in float32
 
 
 def above_minus_one(raw: Tensor) -> Tensor:
     """softplus(raw + log(e^{1−ε} − 1)) − (1 − ε): increasing, 0 at 0, and greater than −1 + ε."""
-    top = 1 - MARGIN
+    top = 1 - INVERTIBLE_MARGIN
     return softplus(raw + math.log(math.expm1(top))) - top
 
 
@@ -148,7 +148,7 @@ class Radial(Bijection):
 
     def __init__(self, centre: Tensor, alpha: Tensor, beta: Tensor):
         self.centre = centre
-        self.alpha = MARGIN + softplus(alpha)
+        self.alpha = INVERTIBLE_MARGIN + softplus(alpha)
         self.beta = self.alpha * above_minus_one(beta)
 
     def logdet(self, r: Tensor, dim: int) -> Tensor:
@@ -202,8 +202,8 @@ class Sylvester(Bijection):
         }
 
     def __init__(self, matrix: Tensor, diagonal: Tensor, b: Tensor):
-        self.d1 = (1 - MARGIN) * torch.tanh(matrix.diagonal(dim1=-2, dim2=-1))
-        self.d2 = (1 - MARGIN) * torch.tanh(diagonal)
+        self.d1 = (1 - INVERTIBLE_MARGIN) * torch.tanh(matrix.diagonal(dim1=-2, dim2=-1))
+        self.d2 = (1 - INVERTIBLE_MARGIN) * torch.tanh(diagonal)
         triangles = matrix * matrix.shape[-1] ** -0.5
         self.r1 = triangles.triu(1) + torch.diag_embed(self.d1)
         self.r2 = triangles.mT.triu(1) + torch.diag_embed(self.d2)

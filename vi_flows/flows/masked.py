@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh, silu
 
-from .networks import MLP, REACH, Perceptron, check_hidden
+from .networks import INPUT_REACH, MLP, Perceptron, check_hidden
 
 
 def degrees(dim: int, hidden: Sequence[int]) -> list[Tensor]:
@@ -88,7 +88,7 @@ class MaskedSweep:
     def next(self, previous: Tensor | None) -> Tensor:
         step, sums = self.step, self.sums
         if previous is not None:
-            sums[0] = torch.addmm(sums[0], hardtanh(previous, -REACH, REACH), self.blocks[0][step - 1])
+            sums[0] = torch.addmm(sums[0], hardtanh(previous, -INPUT_REACH, INPUT_REACH), self.blocks[0][step - 1])
         for i, sizes in enumerate(self.sizes[:-1]):
             if sizes[step]:
                 new = silu(sums[i].narrow(1, self.complete[i], sizes[step]))
@@ -107,7 +107,7 @@ class MaskedSweepBack:
 
     def __init__(self, network: MaskedPerceptron, z: Tensor, sums: Sequence[Tensor]):
         order, self.sizes = torch.as_tensor(network.order), network.sizes
-        self.inside = z.abs() < REACH
+        self.inside = z.abs() < INPUT_REACH
         sums = [h.reshape(-1, h.shape[-1]).mT for h in sums]
         weights = [network.weights[0][:, order], *network.weights[1:-1]]
         self.blocks = [weight.mT.split(sizes, 1) for weight, sizes in zip(weights, self.sizes, strict=True)]

@@ -12,7 +12,8 @@ from torch.nn.functional import hardtanh, linear, pad, silu
 from .conditioner import Conditioner
 from .parameters import START_SD
 
-REACH = 10.0  # a network sees z clamped to ±REACH: beyond it, in the far tails, its output no longer changes
+# a network sees z clamped to ±INPUT_REACH: beyond it, in the far tails, its output no longer changes
+INPUT_REACH = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class Perceptron:
         """The hidden units before silu, layer by layer, each (\\*batch, width)."""
         h = self.biases[0]
         if self.weights[0].shape[1]:
-            h = linear(hardtanh(z, -REACH, REACH), self.weights[0]) + h
+            h = linear(hardtanh(z, -INPUT_REACH, INPUT_REACH), self.weights[0]) + h
         sums = [h]
         for weight, bias in zip(self.weights[1:-1], self.biases[1:-1], strict=True):
             sums.append(linear(silu(sums[-1]), weight, bias))

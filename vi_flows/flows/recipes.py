@@ -38,7 +38,7 @@ __all__ = [
     "sylvester",
 ]
 
-HIDDEN = (64, 64)
+HIDDEN_WIDTHS = (64, 64)
 CONDITIONED_LOG_SCALE = 2.5  # bound of a conditioner's log-scale in one layer
 
 
@@ -125,7 +125,7 @@ def iaf(
     context: int | None = None,
     *,
     layers: int = 4,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = HIDDEN_WIDTHS,
     base: Base | None = None,
 ) -> Flow:
     """Inverse autoregressive flow (Kingma et al. 2016): one pass to sample, a sweep over coordinates to score."""
@@ -138,7 +138,7 @@ def maf(
     context: int | None = None,
     *,
     layers: int = 4,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = HIDDEN_WIDTHS,
     base: Base | None = None,
 ) -> Flow:
     """Masked autoregressive flow (Papamakarios et al. 2017), IAF's inverse: one pass to score, a sweep to sample."""
@@ -152,7 +152,7 @@ def realnvp(
     context: int | None = None,
     *,
     layers: int = 6,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = HIDDEN_WIDTHS,
     mixing: str = "none",
     base: Base | None = None,
 ) -> Flow:
@@ -166,7 +166,7 @@ def spline(
     context: int | None = None,
     *,
     layers: int = 4,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = HIDDEN_WIDTHS,
     bins: int = 8,
     bound: float = 5.0,
     mixing: str = "lu",
@@ -190,7 +190,7 @@ def spline_autoregressive(
     context: int | None = None,
     *,
     layers: int = 2,
-    hidden: Sequence[int] = HIDDEN,
+    hidden: Sequence[int] = HIDDEN_WIDTHS,
     bins: int = 8,
     bound: float = 5.0,
     base: Base | None = None,

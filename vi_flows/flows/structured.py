@@ -22,9 +22,9 @@ from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
 from .recursion import Graph, taken
 
-REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
+FEATURE_REACH = 3.0  # sd of the few, from where polynomials in them stay as they are: left alone they would run away
 BOWL = (1.3545, 0.4065)  # mean and sd of √(1 + t²) under t ~ N(0, 1)
-TAIL_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
+FEW_DF = 8.0  # of the few's base: log scales have exponential tails toward 0, which a normal's draws never reach
 SPLINES = 4  # couplings over the few
 LEAN, BEND = 1.0, 0.4  # bounds of the skewness and of the log of the tail's power in g
 RATE = 0.2  # by which coefficients are multiplied: Adam moves all of them at one rate, and they are many
@@ -95,9 +95,9 @@ def monomials(dim: int, degree: int) -> list[tuple[int, ...]]:
 class Features(nn.Module):
     """Smooth functions of t (\\*batch, d) -> twice (\\*batch, F), about orthonormal under t ~ N(0, I); the first is 1.
 
-    The first F are products of Hermite polynomials of t bounded at REACH: far out they stay as they are. In the second
-    F those of t and t² alone are t and √(1 + t²): far out these are linear, with a slope on either side, as the log of
-    one scale is in that of another. exponents: (F, d) whole numbers, the degrees.
+    The first F are products of Hermite polynomials of t bounded at FEATURE_REACH: far out they stay as they are. In the
+    second F those of t and t² alone are t and √(1 + t²): far out these are linear, with a slope on either side, as the
+    log of one scale is in that of another. exponents: (F, d) whole numbers, the degrees.
     """
 
     def __init__(self, exponents: Tensor):
@@ -118,7 +118,7 @@ class Features(nn.Module):
         return len(self.exponents)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        near = bounded(t, REACH)
+        near = bounded(t, FEATURE_REACH)
         powers = [torch.ones_like(t), near]
         for k in range(1, self.degree):  # He_{k+1} = t He_k − k He_{k−1}, each over √k!
             powers.append((near * powers[k] - math.sqrt(k) * powers[k - 1]) / math.sqrt(k + 1))
@@ -295,7 +295,7 @@ def structured(layer: StructuredLayer) -> Flow:
     few = len(layer.graph.few)
     first = spline(few, layers=SPLINES if few > 1 else 1).to(layer.loc)
     bent = LeadingLayers(first.layers, few)
-    return Flow([bent, layer], LeadingTails(layer.graph.dim, few, TAIL_DF, bent).to(layer.loc))
+    return Flow([bent, layer], LeadingTails(layer.graph.dim, few, FEW_DF, bent).to(layer.loc))
 
 
 def rebuilt(state: dict[str, Tensor]) -> Flow:

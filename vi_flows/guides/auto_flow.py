@@ -31,7 +31,7 @@ from ..targets import PyroModel
 from ..targets.resolve import check_keywords
 from .recentring import RecentringLayer
 
-DRAWS = 10_000  # from which medians and quantiles are taken
+MEDIAN_DRAWS = 10_000  # from which medians and quantiles are taken
 
 
 class AutoFlow(AutoContinuous):
@@ -235,7 +235,7 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None and (args or kwargs):
             self._setup_prototype(*args, **kwargs)
         with seeded(0):
-            drawn = self.draws(DRAWS)
+            drawn = self.draws(MEDIAN_DRAWS)
         return {name: torch.quantile(value, points.to(value), dim=0) for name, value in drawn.items()}
 
     def __getstate__(self) -> dict[str, Any]:

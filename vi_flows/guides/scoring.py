@@ -22,7 +22,7 @@ from ..flows.bases import Base
 from ..flows.distribution import Flow
 from ..flows.linear import LowerTriangular
 from ..flows.parameters import Fixed
-from ..inference.estimate.evaluate import BLOCK, in_blocks
+from ..inference.estimate.evaluate import BLOCK_ROWS, in_blocks
 from ..inference.locate.gaussian import Kind, from_covariance
 from ..inference.scoring import as_flow
 from ..targets import PyroModel, Target
@@ -32,8 +32,8 @@ from .auto_flow import AutoFlow, sites_of
 
 CANNOT_SCORE = "guide: expected one that gives log q of any value, drawn by it or not"
 MOMENTS = 2000  # draws that say where a guide lies, and how far it reaches
-TRIALS = 8
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}  # of log q of a draw as drawn and as scored
+TRIAL_DRAWS = 8
+SCORE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of log q of a draw as drawn and as scored
 
 
 @as_flow.register
@@ -68,7 +68,7 @@ def _needs_model(target: Target) -> None:
 
 def _whitened(law: LatentVector | Sites) -> Flow:
     """The law as a flow: its own whitening, over the law in the whitened frame."""
-    _check(law)
+    _check_law(law)
     x = law.draw(MOMENTS)[0]
     found, _ = from_covariance(x.mean(0)[None], torch.atleast_2d(torch.cov(x.mT))[None], Kind.GUIDE)
     if not len(found):
@@ -77,16 +77,16 @@ def _whitened(law: LatentVector | Sites) -> Flow:
     return Flow([Fixed(LowerTriangular, shift=shift, scale_tril=tril)], GuideBase(law, shift, tril)).double()
 
 
-def _check(law: LatentVector | Sites) -> None:
+def _check_law(law: LatentVector | Sites) -> None:
     """Raise unless log q of draws is finite, and the same when they are given as when they were drawn."""
-    x, drawn = law.draw(TRIALS)
+    x, drawn = law.draw(TRIAL_DRAWS)
     if not (x.isfinite().all() and drawn.isfinite().all()):
         raise ValueError("guide: expected finite draws and log q, got NaN or infinite ones; look at its parameters")
     try:
         given = law.score(x)
     except Exception as error:  # Pyro's flows raise many kinds
         raise ValueError(f"{CANNOT_SCORE}, got {first_line(error)}; use vf.AutoFlow with such a flow") from error
-    tolerance = AGREEMENT[law.dtype]
+    tolerance = SCORE_TOLERANCE[law.dtype]
     if not torch.allclose(given, drawn, rtol=tolerance, atol=tolerance * x.shape[1]):
         i = int((given - drawn).abs().nan_to_num(torch.inf).argmax())
         raise ValueError(
@@ -104,7 +104,7 @@ class GuideBase(Base):
 
     def noise(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         left = torch.Size(shape).numel()
-        x = torch.cat([self.law.draw(min(BLOCK, left - start))[0] for start in range(0, left, BLOCK)])
+        x = torch.cat([self.law.draw(min(BLOCK_ROWS, left - start))[0] for start in range(0, left, BLOCK_ROWS)])
         return self.frame.inverse_and_logdet(x)[0].reshape(*shape, self.dim)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ class Sites:
         if not determined or not count:
             kind = "random numbers beside the latent sites" if count else "a point estimate"
             raise ValueError(f"guide: expected a density of the latent sites alone, got {kind} ({where})")
-        x, _, numbers = self._draw(TRIALS)
+        x, _, numbers = self._draw(TRIAL_DRAWS)
         apart = (x[:, self.index, None] - numbers[:, None, :]).abs() / (1 + numbers.abs()[:, None, :])
         closest, columns = apart.amax(0).min(1)
-        if bool((closest > AGREEMENT[self.dtype]).any()) or len(columns.unique()) != count:
+        if bool((closest > SCORE_TOLERANCE[self.dtype]).any()) or len(columns.unique()) != count:
             raise ValueError(
                 "guide: expected sites that are sampled, or hold numbers of auxiliary sites as they are, got others "
                 f"({where}) whose density cannot be told; use vf.AutoFlow"

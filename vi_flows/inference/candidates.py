@@ -28,7 +28,7 @@ from .estimate.weights import draw_seconds, log_weights, mean_elbo
 from .judge.check import Check, Role
 from .judge.fitted import Fitted, Settings
 from .judge.propriety import improper
-from .judge.verdict import FIRST, NECKED, PROBED, Judgement, cut_short, judge
+from .judge.verdict import FIRST_DRAWS, NECKED, PROBED, Judgement, cut_short, judge
 from .locate.centring import centred
 from .locate.locate import joined
 from .options import Options
@@ -36,14 +36,16 @@ from .start import FlowChoice, Start, Starts, init_points, outright, starts
 from .train.loop import LONG, Training, train
 from .train.step import step_seconds
 
-COMPARED = 4000  # draws on which the trained flow and the Gaussian that it started from are compared
-CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions
-CHECKED = 32  # points on which a target is checked first
+# draws on which the trained flow and its start are compared: ELBOs are then certain to the sd of log-weights by 63;
+# with fewer, chance undoes a training
+COMPARED = 4000
+CHECKING = 2.0  # seconds that checks of weights take, about, at tens of dimensions: less, and judging is cut short
+CHECK_POINTS = 32  # on which a target is checked first: fewer miss what fails at some. Chosen, not measured
 
 
 def prepare(target: Target, options: Options) -> Target:
     """Step 0: the target in its working precision, checked on (−2, 2), or near its starts if none has a value."""
-    points = 4 * torch.rand(CHECKED, target.dim, dtype=torch.float64, device=options.device) - 2
+    points = 4 * torch.rand(CHECK_POINTS, target.dim, dtype=torch.float64, device=options.device) - 2
     if options.dtype is not None or options.device is not None:
         target = target.to(options.dtype, options.device)
     target = target.fresh(options.capture)
@@ -73,13 +75,13 @@ def fitted(target: Target, choice: FlowChoice, options: Options, seed: int, bar:
     clock = Clock(options.max_seconds)
     bar.stage("locating")
     with clock.ending("locating", LOCATING_SHARE):
-        found, centring = outright(target, choice, options.init, options.device), ""
-        if found is None:
+        located, centring = outright(target, choice, options.init, options.device), ""
+        if located is None:
             target, near, centring = _centred(target, options)
-            found = starts(target, choice, options.init, options.device, near)
+            located = starts(target, choice, options.init, options.device, near)
     clock.lap("locating")
-    judging = _forecast(found, target, options, bar) if bar.shown or options.max_seconds is not None else 0.0
-    best = _best(target, found, options, clock, clock.training_share(judging), bar)
+    judging = _forecast(located, target, options, bar) if bar.shown or options.max_seconds is not None else 0.0
+    best = _best(target, located, options, clock, clock.training_share(judging), bar)
     clock.lap("training")
     bar.stage("judging")
     settings = Settings(
@@ -91,7 +93,7 @@ def fitted(target: Target, choice: FlowChoice, options: Options, seed: int, bar:
         options=options.recorded(),
     )
     best = dataclasses.replace(best, notes=(*([centring] if centring else []), *best.notes))
-    posterior = judged(best, target, found, options, settings, clock)
+    posterior = judged(best, target, located, options, settings, clock)
     return mended(posterior, clock, bar) if options.correct and not best.given_up else posterior
 
 
@@ -103,26 +105,26 @@ def _centred(target: Target, options: Options) -> tuple[Target, Tensor | None, s
     return centred(target, options.reparam and not callable(options.init) and options.reparam, options.device)
 
 
-def _forecast(found: Starts, target: Target, options: Options, bar: Progress) -> float:
+def _forecast(located: Starts, target: Target, options: Options, bar: Progress) -> float:
     """Seconds that judging will take, and, shown, those of training at most: by a step and a thousand draws."""
     import_arviz()  # which judging would do, at the cost of seconds
     with seeded(0):
-        each = draw_seconds(found.flows[0].flow, target)
-        steps = [(s.flow, s.most(options.steps)) for s in found.flows]
+        each = draw_seconds(located.flows[0].flow, target)
+        steps = [(s.flow, s.most(options.steps)) for s in located.flows]
         training = sum(count * step_seconds(flow, target, options.particles) for flow, count in steps if count)
-    judging = each * (1.5 * FIRST + PROBED + NECKED) + CHECKING
+    judging = each * (1.5 * FIRST_DRAWS + PROBED + NECKED) + CHECKING
     bar.say(f"to come: training at most {training:.0f} s, judging about {judging:.0f} s")
     return judging
 
 
-def _best(target: Target, found: Starts, options: Options, clock: Clock, share: float, bar: Progress) -> Candidate:
+def _best(target: Target, located: Starts, options: Options, clock: Clock, share: float, bar: Progress) -> Candidate:
     """Of the starts, trained in turn until one's log-weights are nearly constant, the one with the best ELBO."""
     candidates, failed = [], None
-    for k, start in enumerate(found.flows):
+    for k, start in enumerate(located.flows):
         bar.stage("training", options.steps)
         try:
-            asked = dataclasses.replace(options, steps=start.most(options.steps))
-            trained = _train(start.flow, target, asked, clock.left(share, len(found.flows) - k), bar)
+            limited = dataclasses.replace(options, steps=start.most(options.steps))
+            trained = _train(start.flow, target, limited, clock.left(share, len(located.flows) - k), bar)
         except DivergedError as error:
             failed = error
             continue
@@ -137,16 +139,16 @@ def _best(target: Target, found: Starts, options: Options, clock: Clock, share: 
 
 
 def judged(
-    best: Candidate, target: Target, found: Starts, options: Options, settings: Settings, clock: Clock
+    best: Candidate, target: Target, located: Starts, options: Options, settings: Settings, clock: Clock
 ) -> Fitted:
     """The flow with its judgement, and how it was made."""
-    flow, modes = best.flow.requires_grad_(False), found.modes
+    flow, modes = best.flow.requires_grad_(False), located.modes
     began = time.monotonic()
-    judgement = judge(flow, target, modes, options.num_draws, probes=found.probes, clock=clock)
+    judgement = judge(flow, target, modes, options.num_draws, probes=located.probes, clock=clock)
     took, left = time.monotonic() - began, clock.left()
     if judgement.verdict.failed(Role.CONDITION) and (left is None or took < left):
-        modes = joined(modes, found.probes)
-        judgement = judge(flow, target, modes, options.num_draws, attempt=2, probes=found.probes, clock=clock)
+        modes = joined(modes, located.probes)
+        judgement = judge(flow, target, modes, options.num_draws, attempt=2, probes=located.probes, clock=clock)
     if clock.cut:
         cut = cut_short(f"{clock.cut[0]} was cut short by max_seconds: modes may have been missed")
         judgement.verdict = judgement.verdict.refused(cut)

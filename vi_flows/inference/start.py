@@ -28,8 +28,9 @@ from .structured.locate import LEAST_DIM, Inside, locate_structured
 from .structured.regressed import around
 
 FlowChoice = str | Flow | Callable[[int], Flow]
-AROUND = 600  # training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
-UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: no mixture under them
+# training steps over a Gaussian located, at most: they take .1 s each, and a fit that is lost is to end
+AROUND_STEPS = 600
+UNIMODAL = ("gaussian", "diagonal")  # recipes that stay what they are called: who asks for them wants no mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,8 @@ class Start:
     recipe: str | None
     steps: int | None = None
 
-    def most(self, asked: int) -> int:
-        return asked if self.steps is None else min(asked, self.steps)
+    def most(self, steps: int) -> int:
+        return steps if self.steps is None else min(steps, self.steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,8 @@ def starts(
         return _warm_start(init, target, place)
     if choice != "auto":
         resolve_flow(choice, target.dim)  # a mistake in it is told before any work is done
-    given = [points for points in (init_points(target, init), near) if points is not None]
-    points = torch.cat(given) if given else None
+    known = [points for points in (init_points(target, init), near) if points is not None]
+    points = torch.cat(known) if known else None
     inside = _inside(target, choice, points, device) if target.dim <= MANY_DIMS else None
     located = locate(target, start_points(target, points, device=device))
     if inside is not None and inside.variance < located.variance:
@@ -92,15 +93,15 @@ def starts(
 def _inside(target: Target, choice: FlowChoice, points: Tensor | None, device: Any) -> Inside | None:
     """A structured start, if it is asked for, or if the flow is ours to choose and its log-weights say that it pays."""
     if choice == "structured":
-        found = locate_structured(target, points)
-        if found is None:
+        inside = locate_structured(target, points)
+        if inside is None:
             expected = 'flow: "structured" needs few coordinates on which the curvature of many others hangs'
             raise ValueError(f"{expected}, found none among {target.dim}; take another flow")
-        return found
+        return inside
     if choice != "auto" or device not in (None, "cpu") or target.dim < LEAST_DIM:
         return None
-    found = locate_structured(target, points, asked=False)
-    return found if found is not None and found.variance < PAYS else None
+    inside = locate_structured(target, points, asked=False)
+    return inside if inside is not None and inside.variance < PAYS else None
 
 
 def _on_structure(choice: FlowChoice, inside: Inside, place: dict[str, Any]) -> Start:
@@ -125,7 +126,7 @@ def _around(target: Target, choice: FlowChoice, located: Located, place: dict[st
         return None
     many = f"structured flow: {len(flow.layers[1].graph.many)} coordinates Gaussian given the others"
     how = f"{many}, on {located.best.origin[0]}{_because(choice, located.variance)}"
-    return Start(flow.requires_grad_().to(**place), how, "structured", steps=AROUND)
+    return Start(flow.requires_grad_().to(**place), how, "structured", steps=AROUND_STEPS)
 
 
 def _on_gaussian(choice: FlowChoice, located: Located, place: dict[str, Any]) -> Start:

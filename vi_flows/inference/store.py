@@ -26,9 +26,10 @@ from .judge.fitted import Fitted, Settings, Stored
 from .locate.gaussian import Gaussians, Kind, Origin
 from .rehearse.rehearse import Rehearsal
 
-FORMAT = 2
-STORED = 10_000  # weighted draws kept as named values, for use without the target
-NUMBERS = ("khat", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
+POSTERIOR_FORMAT = 2  # of files: raised where older ones can no longer be read, so that they are refused in a line
+STORED = 10_000  # weighted draws kept as named values: without the target no more can be sampled
+# fields of the header that may be infinite or NaN, which JSON cannot hold: they travel as text
+STORED_NUMBERS = ("khat", "khat_spread", "ess", "elbo", "log_evidence", "log_evidence_se")
 
 
 def save(posterior: Fitted, path: str | Path) -> Path:
@@ -54,8 +55,8 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         raise
     except Exception as error:
         raise ValueError(f"path: {path} is not a readable safetensors file ({error})") from None
-    if not header or header.get("format") != FORMAT:
-        raise ValueError(f"path: expected a vi_flows posterior of format {FORMAT}, got {path}; save it again")
+    if not header or header.get("format") != POSTERIOR_FORMAT:
+        raise ValueError(f"path: expected a vi_flows posterior of format {POSTERIOR_FORMAT}, got {path}; save it again")
     dim = tensors["flow_draws"].shape[1]
     if target is not None and target.dim != dim:
         raise ValueError(f"target: expected dim {dim}, got {target.dim}; pass the target that was fitted")
@@ -68,7 +69,7 @@ def read(path: str | Path, target: Target | None = None, flow: Flow | None = Non
         flow_draws=tensors["flow_draws"],
         log_weights=tensors["log_weights"],
         khat_interval=tuple(_number(v) for v in header["khat_interval"]),
-        **{name: _number(header[name]) for name in NUMBERS},
+        **{name: _number(header[name]) for name in STORED_NUMBERS},
         proposal=Weights(**part["proposal"]),
         flow=_rebuild(settings.recipe, dim, part["flow"], flow),
         target=target,
@@ -118,14 +119,14 @@ def _stored(posterior: Fitted) -> Stored:
 def _header(posterior: Fitted, stored: Stored) -> dict[str, Any]:
     verdict = posterior.verdict
     return {
-        "format": FORMAT,
+        "format": POSTERIOR_FORMAT,
         "verdict": {
             "status": verdict.status,
             "reasons": verdict.reasons,
             "checks": [{**vars(c), "statistic": _text(c.statistic)} for c in verdict.checks],
         },
         "khat_interval": [_text(v) for v in posterior.khat_interval],
-        **{name: _text(getattr(posterior, name)) for name in NUMBERS},
+        **{name: _text(getattr(posterior, name)) for name in STORED_NUMBERS},
         "origins": posterior.modes.origin if posterior.modes is not None else [],
         "flow_description": posterior.flow_description,
         "notes": posterior.notes,

@@ -21,7 +21,7 @@ Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class NamedDraws:
     """n draws: values by name, each (n, ...); x (n, dim) unconstrained with log_q, the density they were drawn from,
     log_p and log_w = log_p − log_q (n,), None where a file without target or flow does not tell; index (n,), their
     rows in ``posterior.proposal`` or ``posterior.flow_draws``.
@@ -42,7 +42,7 @@ def constraint(posterior: Fitted) -> Callable[[Tensor], Values] | None:
     return None if posterior.settings.is_model else lambda x: {"x": x}
 
 
-def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:
+def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> NamedDraws:
     """n equally weighted draws of the target, as ``posterior.sample`` makes them: the proposal's, resampled.
 
     Raises ValueError if that is not positive, or exceeds the stored draws of a model loaded without its target.
@@ -52,13 +52,13 @@ def weighted_draws(posterior: Fitted, n: int, seed: int | None) -> Draws:
     with seeded(seed):
         if constrain is None:
             values = posterior.sample(n)
-            return Draws(values if isinstance(values, dict) else {"x": values})
+            return NamedDraws(values if isinstance(values, dict) else {"x": values})
         index = resample(resampling_weights(proposal.log_w), n)
         x, log_q, log_p = proposal.x[index], proposal.log_q[index], proposal.log_p[index]
-        return Draws(constrain(x), x, log_q, log_p, log_p - log_q, index)
+        return NamedDraws(constrain(x), x, log_q, log_p, log_p - log_q, index)
 
 
-def flow_draws(posterior: Fitted, n: int | None = None) -> Draws:
+def flow_draws(posterior: Fitted, n: int | None = None) -> NamedDraws:
     """The first n (None: all) draws of q with their log-weights, as they are.
 
     Raises ValueError if that is not between 1 and their number, or for a model that was loaded without its target.
@@ -75,7 +75,7 @@ def flow_draws(posterior: Fitted, n: int | None = None) -> Draws:
         with contextlib.suppress(NotConverged):  # of an inverse by iteration
             log_q = in_blocks(posterior.log_prob, x)
             log_p = log_q + log_w
-    return Draws(constrain(x), x, log_q, log_p, log_w, torch.arange(len(x)))
+    return NamedDraws(constrain(x), x, log_q, log_p, log_w, torch.arange(len(x)))
 
 
 def select(names: Sequence[str], var_names: str | Sequence[str] | None) -> list[int]:

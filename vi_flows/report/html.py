@@ -20,7 +20,7 @@ from ..targets import Energy, LogDensity, PyroModel, Target
 from . import panels
 from .draws import constraint
 from .panels import Quantities
-from .parts import SMALL, SUFFIXES, WIDE, Image, drawn, render, written
+from .parts import SMALL_FIGURE, SUFFIXES, WIDE_FIGURE, Image, drawn, render, written
 from .plots import FEW_PAIRS, Picture
 from .table import summary
 
@@ -207,14 +207,14 @@ def _trace(posterior: Fitted) -> Image:
     alt += f"; judging found an ELBO of {fixed(posterior.elbo)} and a {posterior.evidence_name} of "
     alt += f"{posterior.evidence_text}."
     caption = "The evidence lower bound in training, and what judging found; their gap is KL(q‖p)."
-    return drawn(WIDE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
+    return drawn(WIDE_FIGURE, alt, caption, lambda figure: panels.trace(figure.subplots(), posterior))
 
 
 def _weights(posterior: Fitted) -> Image:
     alt = f"Shares of the draws above each weight: k̂ {posterior.khat:.2f} for the flow q, "
     alt += f"{smooth(posterior.proposal.log_w)[1]:.2f} for the proposal."
     caption = "Which share of the draws lies above each weight. A tail as flat as the dashed line has k̂ = 0.7."
-    return drawn(WIDE, alt, caption, lambda figure: panels.weights(figure.subplots(), posterior))
+    return drawn(WIDE_FIGURE, alt, caption, lambda figure: panels.weights(figure.subplots(), posterior))
 
 
 def _marginals(chosen: Quantities) -> list[Image]:
@@ -223,7 +223,7 @@ def _marginals(chosen: Quantities) -> list[Image]:
     for i, name in enumerate(shown.names):
         alt = f"Density of {name}: weighted draws {_moments(shown.weighted[:, i])}"
         alt += "." if shown.raw is None else f"; draws of q {_moments(shown.raw[:, i])}."
-        images.append(drawn(SMALL, alt, name, lambda figure, i=i: panels.marginal(figure.subplots(), shown, i)))
+        images.append(drawn(SMALL_FIGURE, alt, name, lambda figure, i=i: panels.marginal(figure.subplots(), shown, i)))
     return images
 
 
@@ -255,7 +255,7 @@ def _both(chosen: Quantities) -> Callable[[Picture], None]:
             row, column = divmod(k, len(shown.names))
             if column > row:
                 ax.set_visible(True)
-                dots = shown.raw[: panels.DOTS]
+                dots = shown.raw[: panels.SCATTER_DRAWS]
                 ax.plot(dots[:, column], dots[:, row], ".", ms=2.5, mew=0, alpha=0.4, color=panels.Q, rasterized=True)
                 ax.set(xlim=shown.span(column), ylim=shown.span(row))
 
@@ -264,4 +264,4 @@ def _both(chosen: Quantities) -> Callable[[Picture], None]:
 
 def _density(posterior: Fitted) -> Image:
     alt = "Weighted draws over the contours of the target's density in its two unconstrained coordinates."
-    return drawn(WIDE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))
+    return drawn(WIDE_FIGURE, alt, "", lambda figure: panels.density(figure.subplots(), posterior))

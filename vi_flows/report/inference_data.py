@@ -14,13 +14,13 @@ from ..inference.estimate.psis import import_arviz
 from ..inference.judge.fitted import Fitted, Stored
 from ..targets.target import is_model
 from ..version import __version__
-from .draws import Draws, constraint, flow_draws, weighted_draws
+from .draws import NamedDraws, constraint, flow_draws, weighted_draws
 
 if TYPE_CHECKING:
     from arviz import InferenceData
 
-DRAWS = 4000
-MEANINGS = {
+ARVIZ_DRAWS = 4000
+DRAWS_MEANINGS = {
     True: "equally weighted: the defensive proposal's draws, resampled by their importance weights",
     False: "draws of the flow q as they are; their importance weights are in sample_stats",
 }
@@ -73,8 +73,8 @@ def to_arviz(
     if not weighted:
         drawn = flow_draws(posterior, num_draws)
     else:
-        stored = len(posterior.stored) if posterior.stored is not None else DRAWS
-        most = DRAWS if constraint(posterior) is not None else min(DRAWS, stored)
+        stored = len(posterior.stored) if posterior.stored is not None else ARVIZ_DRAWS
+        most = ARVIZ_DRAWS if constraint(posterior) is not None else min(ARVIZ_DRAWS, stored)
         drawn = weighted_draws(posterior, most if num_draws is None else num_draws, seed)
     target, stored = posterior.target, posterior.stored or Stored({})
     observed = _arrays(stored.observed if target is None else target.observed)
@@ -101,7 +101,7 @@ def to_arviz(
     return data
 
 
-def _stats(drawn: Draws, weighted: bool) -> dict[str, np.ndarray]:
+def _stats(drawn: NamedDraws, weighted: bool) -> dict[str, np.ndarray]:
     parts = {"lp": drawn.log_p, "log_q": drawn.log_q, "log_weight": drawn.log_w}
     parts["proposal_draw" if weighted else "flow_draw"] = drawn.index
     return _arrays({name: value for name, value in parts.items() if value is not None})
@@ -134,7 +134,7 @@ def _attrs(posterior: Fitted, weighted: bool, seed: int | None) -> dict[str, Any
         "evidence": posterior.evidence_name,
         "flow": posterior.flow_description,
         "notes": "\n".join(posterior.notes),
-        "draws": corrected[-1] if weighted and corrected else MEANINGS[weighted],
+        "draws": corrected[-1] if weighted and corrected else DRAWS_MEANINGS[weighted],
         "inference_library": "vi_flows",
         "inference_library_version": __version__,
         "torch_version": str(torch.__version__),

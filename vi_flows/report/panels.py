@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from ..inference.bounds import KHAT_BOUND
 from ..inference.estimate.evaluate import log_density
 from ..inference.estimate.psis import import_arviz, smooth, tail_size
 from ..inference.estimate.quantities import flatten, vary
@@ -25,12 +26,11 @@ from ..targets.target import is_model
 from .draws import constraint, select, variable, weighted_draws
 
 Q, TARGET, DARK, LIGHT = "#D55E00", "#0072B2", "#333333", "#999999"  # Okabe and Ito: told apart by the colour-blind
-DRAWS, DOTS = 20_000, 2000  # weighted draws behind the curves; those of them that are shown one by one
+KDE_DRAWS, SCATTER_DRAWS = 20_000, 2000  # weighted draws behind the curves; those of them that are shown one by one
 SMOOTHER = 1.6  # than ArviZ: two curves are compared, and bumps of chance in one would look like a correction
-COLUMNS = 4
+PANEL_COLUMNS = 4
 GRID = 120  # points a side, for contours
 REGIONS = (0.99, 0.9, 0.5)  # probability inside each contour
-LIMIT = 0.7
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def quantities(posterior: Fitted, var_names: str | Sequence[str] | None) -> Quan
     constrain = constraint(posterior)
     if constrain is None and posterior.stored is None:
         raise ValueError("plot: this posterior has no target; load it with vf.load(path, target=...)")
-    count = DRAWS if constrain is not None else len(posterior.stored)
+    count = KDE_DRAWS if constrain is not None else len(posterior.stored)
     names, weighted = flatten(weighted_draws(posterior, count, seed=0).values)
     keep = select(names, var_names)
     if var_names is None:  # a correlation matrix has constant entries
@@ -124,7 +124,7 @@ def weights(ax: Axes, posterior: Fitted) -> None:
     handles, _ = ax.get_legend_handles_labels()
     handles += [
         Line2D([], [], color=DARK, lw=1.2, label="fitted tails"),
-        Line2D([], [], color=DARK, lw=0.9, ls="--", label=f"the limit, k = {LIMIT}"),
+        Line2D([], [], color=DARK, lw=0.9, ls="--", label=f"the limit, k = {KHAT_BOUND}"),
     ]
     ax.legend(handles=handles, loc="upper right")
     ax.set(title="importance weights", xlabel="weight / mean weight", ylabel="share of draws above")
@@ -150,7 +150,7 @@ def _tail(ax: Axes, log_w: Tensor, colour: str, label: str, khat: float) -> tupl
         ax.plot(fitted, (np.arange(m) + 0.5) / n, color=colour, lw=1.2)
         scale = (fitted[m // 2] - w[m]) / _excess(0.5, shape)
         left = np.geomspace(1, 0.5 / m, 100)
-        ax.plot(w[m] + scale * _excess(left, LIMIT), left * m / n, color=colour, lw=0.9, ls="--")
+        ax.plot(w[m] + scale * _excess(left, KHAT_BOUND), left * m / n, color=colour, lw=0.9, ls="--")
     return max(w[int(0.75 * alive)], 0.01 * w[min(m, alive - 1)], 1e-9 * w[0]), w[0]
 
 
@@ -162,7 +162,7 @@ def _excess(share: float | np.ndarray, k: float) -> float | np.ndarray:
 def marginals(figure: FigureBase, chosen: Quantities, limit: int) -> None:
     """Densities of quantities: of the target by weighted draws, and of q as it is."""
     shown = chosen.some(limit)
-    columns = min(COLUMNS, len(shown.names))
+    columns = min(PANEL_COLUMNS, len(shown.names))
     grid = figure.subplots(math.ceil(len(shown.names) / columns), columns, squeeze=False)
     for i, ax in enumerate(grid.flat):
         if i < len(shown.names):
@@ -194,7 +194,7 @@ def pairs(figure: FigureBase, chosen: Quantities, limit: int, diagonal: bool = T
     shown = chosen.some(limit)
     count, skip = len(shown.names), 0 if diagonal or len(shown.names) == 1 else 1
     grid = figure.subplots(count - skip, count - skip, squeeze=False)
-    dots = shown.weighted[:DOTS]  # they come in random order
+    dots = shown.weighted[:SCATTER_DRAWS]  # they come in random order
     for row, column in np.ndindex(grid.shape):
         ax, i, j = grid[row, column], row + skip, column
         if column > row:
@@ -225,7 +225,7 @@ def no_density(posterior: Fitted) -> str:
 
 def density(ax: Axes, posterior: Fitted) -> None:
     """Weighted draws over the contours of p in its two (unconstrained) coordinates."""
-    dots = weighted_draws(posterior, DRAWS, seed=0).x.cpu()
+    dots = weighted_draws(posterior, KDE_DRAWS, seed=0).x.cpu()
     spans = [_widened(*_span(dots[:, i].numpy())) for i in (0, 1)]
     axes = [torch.linspace(low, high, GRID, dtype=dots.dtype) for low, high in spans]
     points = torch.cartesian_prod(*axes).to(posterior.proposal.x)
@@ -236,7 +236,7 @@ def density(ax: Axes, posterior: Fitted) -> None:
     levels = np.unique([ordered[np.searchsorted(inside, region)] for region in REGIONS])
     surface = (*(axis.numpy() for axis in axes), p.reshape(GRID, GRID).T)
     ax.contourf(*surface, levels=[*levels, 1.001], colors=["#E3ECF4", "#B9D0E5", "#86B0D5"][-len(levels) :])
-    ax.plot(*dots[:DOTS].numpy().T, ".", ms=3, mew=0, alpha=0.6, color=DARK, rasterized=True)
+    ax.plot(*dots[:SCATTER_DRAWS].numpy().T, ".", ms=3, mew=0, alpha=0.6, color=DARK, rasterized=True)
     names, suffix = posterior.target.coordinate_names(), " (unconstrained)" if is_model(posterior.target) else ""
     labels = [_plain(name) + suffix for name in names]
     ax.set(xlim=spans[0], ylim=spans[1], xlabel=labels[0], ylabel=labels[1])

@@ -23,8 +23,8 @@ from ..version import __version__
 from .plots import STYLE, TICKS, Picture
 
 SUFFIXES = (".html", ".htm")
-WIDE, SMALL = (5.6, 4.0), (2.0, 1.5)  # inches: what still can be read on a phone
-DPI = 144  # one and a half points for each of a screen
+WIDE_FIGURE, SMALL_FIGURE = (5.6, 4.0), (2.0, 1.5)  # inches: what still can be read on a phone
+PAGE_DPI = 144  # one and a half points for each of a screen
 PIXELS = 96  # to the inch, in CSS
 TEMPLATES = Environment(  # all that is put into a page is escaped
     loader=FileSystemLoader(Path(__file__).with_name("templates")),
@@ -79,7 +79,7 @@ def drawn(size: tuple[float, float], alt: str, caption: str, draw: Callable[[Pic
         for ax in figure.axes:
             ax.tick_params(which="both", labelsize=TICKS)
         buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=DPI)
+        figure.savefig(buffer, format="png", dpi=PAGE_DPI)
     width, height = (round(PIXELS * side) for side in size)
     return Image(b64encode(buffer.getvalue()).decode(), width, height, alt, caption)
 

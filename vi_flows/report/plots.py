@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..arguments import one_of
 from ..inference.judge.fitted import Fitted
 from . import panels
-from .panels import COLUMNS, Quantities, quantities
+from .panels import PANEL_COLUMNS, Quantities, quantities
 
 STYLE = {
     "font.size": 9,
@@ -29,10 +29,10 @@ STYLE = {
 }
 TICKS = 7.5
 COLOURS = {"reliable": "#007A5A", "corrected": "#A66F00", "unreliable": "#B83C00"}
-DPI = 120
-WIDTH = 10.0
-FEW, FEW_PAIRS = 8, 4  # quantities in an overview, and unless some are named
-MANY, MANY_PAIRS = 40, 8
+FIGURE_DPI = 120
+FIGURE_WIDTH = 10.0
+FEW_MARGINALS, FEW_PAIRS = 8, 4  # quantities in an overview, and unless some are named
+MOST_MARGINALS, MOST_PAIRS = 40, 8
 
 
 class Picture(Figure):
@@ -40,7 +40,7 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
-        self.savefig(buffer, format="png", dpi=DPI)
+        self.savefig(buffer, format="png", dpi=FIGURE_DPI)
         return buffer.getvalue()
 
 
@@ -68,20 +68,20 @@ def plot(
     ValueError for an unknown kind or name, for "density" without two coordinates and a target, and if there are no
     draws because a model was loaded without its target.
     """
-    one_of("kind", kind, KINDS, "a file name goes in path=")
+    one_of("kind", kind, PLOT_KINDS, "a file name goes in path=")
     if var_names is not None and kind in ("trace", "weights", "density"):
         raise ValueError(f"var_names: expected None with kind {kind!r}, got {var_names!r}; it draws no quantities")
     if kind == "density" and (why := panels.no_density(posterior)):
         raise ValueError(f"kind: density expected {why}")
     with matplotlib.rc_context(STYLE):
         figure = Picture(layout="constrained")
-        KINDS[kind](figure, posterior, var_names)
+        PLOT_KINDS[kind](figure, posterior, var_names)
         _title(figure, posterior)
         for ax in figure.axes:
             ax.tick_params(which="both", labelsize=TICKS)
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=DPI)
+            figure.savefig(path, dpi=FIGURE_DPI)
     return figure
 
 
@@ -100,13 +100,13 @@ def _title(figure: Figure, posterior: Fitted) -> None:
 
 def _overview(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen = quantities(posterior, var_names)
-    rows = math.ceil(min(len(chosen.names), FEW) / COLUMNS)
+    rows = math.ceil(min(len(chosen.names), FEW_MARGINALS) / PANEL_COLUMNS)
     top = figure
-    figure.set_size_inches(WIDTH, 5.6)
+    figure.set_size_inches(FIGURE_WIDTH, 5.6)
     if len(chosen.names) > 1:
-        figure.set_size_inches(WIDTH, 6.1 + 1.5 * rows)
+        figure.set_size_inches(FIGURE_WIDTH, 6.1 + 1.5 * rows)
         top, bottom = figure.subfigures(2, 1, height_ratios=(5.6, 0.5 + 1.5 * rows))
-        panels.marginals(bottom, chosen, FEW)
+        panels.marginals(bottom, chosen, FEW_MARGINALS)
     left, right = top.subfigures(1, 2)
     first, second = left.subplots(2, 1)
     panels.trace(first, posterior)
@@ -116,7 +116,7 @@ def _overview(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] 
     elif len(chosen.names) > 1:
         panels.pairs(right, chosen, FEW_PAIRS, diagonal=False)
     else:
-        panels.marginals(right, chosen, FEW)
+        panels.marginals(right, chosen, FEW_MARGINALS)
 
 
 def _single(panel: Callable) -> Callable:
@@ -131,15 +131,15 @@ def _single(panel: Callable) -> Callable:
 
 def _marginals(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen = quantities(posterior, var_names)
-    limit = FEW if var_names is None else MANY
-    rows, columns = divmod(min(len(chosen.names), limit) - 1, COLUMNS)
-    figure.set_size_inches(max(2.5 * (COLUMNS if rows else columns + 1), 6.0), 1.3 + 1.7 * (rows + 1))
+    limit = FEW_MARGINALS if var_names is None else MOST_MARGINALS
+    rows, columns = divmod(min(len(chosen.names), limit) - 1, PANEL_COLUMNS)
+    figure.set_size_inches(max(2.5 * (PANEL_COLUMNS if rows else columns + 1), 6.0), 1.3 + 1.7 * (rows + 1))
     panels.marginals(_below(figure), chosen, limit)
 
 
 def _pairs(figure: Figure, posterior: Fitted, var_names: str | Sequence[str] | None) -> None:
     chosen: Quantities = quantities(posterior, var_names)
-    limit = FEW_PAIRS if var_names is None else MANY_PAIRS
+    limit = FEW_PAIRS if var_names is None else MOST_PAIRS
     side = max(1.9 * min(len(chosen.names), limit), 5.0)
     figure.set_size_inches(side, side + 0.5)
     panels.pairs(_below(figure), chosen, limit)
@@ -150,7 +150,7 @@ def _below(figure: Figure) -> Figure:
     return figure.subfigures(1, 1)
 
 
-KINDS = {
+PLOT_KINDS = {
     "overview": _overview,
     "trace": _single(panels.trace),
     "weights": _single(panels.weights),

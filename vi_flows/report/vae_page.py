@@ -13,18 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.image import imsave
 from torch import Tensor
 
+from ..inference.bounds import KHAT_BOUND
 from ..running import seeded
 from ..vae.bounds import evaluating
 from ..vae.data import Shape
-from ..vae.evaluation import ACTIVE, LIMIT, Estimate, Evaluation
+from ..vae.evaluation import ACTIVE, Estimate, Evaluation
 from ..vae.model import VAE
 from .panels import DARK, LIGHT, TARGET, Q
-from .parts import SUFFIXES, WIDE, Image, drawn, render, written
+from .parts import SUFFIXES, WIDE_FIGURE, Image, drawn, render, written
 from .plots import Picture
 
-PAIRS, COLUMNS = 20, 10  # images with their reconstructions; in a row
-SAMPLES = 60
-DOTS, DRAWS = 2000, 32  # images in the latent plot, and draws for each posterior mean
+RECONSTRUCTIONS, IMAGE_COLUMNS = 20, 10  # images with their reconstructions; in a row
+SAMPLE_IMAGES = 60
+LATENT_IMAGES, LATENT_MEAN_DRAWS = 2000, 32  # images in the latent plot, and draws for each posterior mean
 GAP, ZOOM = 2, 3  # pixels between images; points of a .png to a pixel
 History = Sequence[Mapping[str, float]]
 
@@ -65,7 +66,7 @@ def write_images(path: str | Path, x: Tensor, shape: Shape) -> Path:
         if Path(path).suffix.lower() == ".npy":
             np.save(file, x.reshape(-1, *shape).cpu().numpy())
         else:
-            picture = _shades(montage(x.cpu().float().split(COLUMNS), shape), x).repeat(ZOOM, 0).repeat(ZOOM, 1)
+            picture = _shades(montage(x.cpu().float().split(IMAGE_COLUMNS), shape), x).repeat(ZOOM, 0).repeat(ZOOM, 1)
             imsave(file, np.nan_to_num(picture, nan=1.0), cmap="gray", vmin=0, vmax=1, format="png")
     return Path(path)
 
@@ -76,9 +77,9 @@ def _page(vae: VAE, shape: Shape, x: Tensor, evaluation: Evaluation, history: Hi
         "vae.html.j2",
         evaluation=evaluation,
         numbers=_numbers(evaluation),
-        reconstructions=_reconstructions(vae, shape, x[:PAIRS]),
+        reconstructions=_reconstructions(vae, shape, x[:RECONSTRUCTIONS]),
         samples=_samples(vae, shape, x),
-        latent=_latent(vae, x[:DOTS], evaluation),
+        latent=_latent(vae, x[:LATENT_IMAGES], evaluation),
         curves=_curves(history),
         khat=_khat(evaluation),
         epoch=_epoch(history),
@@ -120,21 +121,21 @@ def _epoch(history: History) -> dict[str, str]:
 def _reconstructions(vae: VAE, shape: Shape, x: Tensor) -> Image:
     z = vae.posterior(vae.encoder(x)).rsample_and_log_prob()[0]
     mean = vae.likelihood.mean(vae.decoder(z))
-    rows = [part for pair in zip(x.split(COLUMNS), mean.split(COLUMNS), strict=True) for part in pair]
+    rows = [part for pair in zip(x.split(IMAGE_COLUMNS), mean.split(IMAGE_COLUMNS), strict=True) for part in pair]
     caption = "Images, and in the row below each its reconstruction: the mean of p(x|z) at a draw z of q(z|x)."
     return _images(rows, shape, x, f"{len(x)} images, each above its reconstruction.", caption)
 
 
 def _samples(vae: VAE, shape: Shape, x: Tensor) -> Image:
-    samples = vae.sample(SAMPLES)
+    samples = vae.sample(SAMPLE_IMAGES)
     caption = "Means of p(x|z) at draws z of the prior; not chosen."
-    return _images(samples.split(COLUMNS), shape, x, f"{SAMPLES} images that the model made up.", caption)
+    return _images(samples.split(IMAGE_COLUMNS), shape, x, f"{SAMPLE_IMAGES} images that the model made up.", caption)
 
 
 def _images(rows: Sequence[Tensor], shape: Shape, like: Tensor, alt: str, caption: str) -> Image:
     """Rows of images, in the colours of ``like``'s values."""
     picture = _shades(montage([row.cpu().float() for row in rows], shape), like)
-    width = WIDE[0]
+    width = WIDE_FIGURE[0]
     size = (width, width * picture.shape[0] / picture.shape[1])
 
     def draw(figure: Picture) -> None:
@@ -173,7 +174,7 @@ def montage(rows: Sequence[Tensor], shape: Shape) -> np.ndarray:
 def _latent(vae: VAE, x: Tensor, evaluation: Evaluation) -> Image:
     """Posterior means of images in the two units that vary most over them."""
     q = vae.posterior(vae.encoder(x))
-    means = sum(q.rsample_and_log_prob()[0] for _ in range(DRAWS)).cpu() / DRAWS
+    means = sum(q.rsample_and_log_prob()[0] for _ in range(LATENT_MEAN_DRAWS)).cpu() / LATENT_MEAN_DRAWS
     order = sorted(range(vae.latent), key=evaluation.activity.__getitem__, reverse=True)
     first, second = order[0], order[min(1, vae.latent - 1)]
 
@@ -188,7 +189,7 @@ def _latent(vae: VAE, x: Tensor, evaluation: Evaluation) -> Image:
         "Left: posterior means of images in the two units that vary most. Right: the variance over images of every "
         f"unit's posterior mean; units above the line are active ({evaluation.active_units} of {vae.latent})."
     )
-    return drawn((WIDE[0], 3.2), alt, caption, draw)
+    return drawn((WIDE_FIGURE[0], 3.2), alt, caption, draw)
 
 
 def _activity(ax: Axes, evaluation: Evaluation) -> None:
@@ -229,26 +230,26 @@ def _curves(history: History) -> Image | None:
     last = history[-1]
     alt = f"Learning curves of {len(history)} epochs; the last validation IWAE: {last.get('valid_iwae', math.nan):.2f}."
     caption = "Nats per image after each epoch; training values are averages over the epoch, reconstruction and KL too."
-    return drawn((WIDE[0] * 1.35, 2.9), alt, caption, draw)
+    return drawn((WIDE_FIGURE[0] * 1.35, 2.9), alt, caption, draw)
 
 
 def _khat(evaluation: Evaluation) -> Image | None:
     finite = [value for value in evaluation.khat if math.isfinite(value)]
     if not finite:
         return None
-    above = sum(value > LIMIT for value in evaluation.khat)
+    above = sum(value > KHAT_BOUND for value in evaluation.khat)
 
     def draw(figure: Picture) -> None:
         ax = figure.subplots()
         ax.hist(finite, bins=min(30, max(5, len(finite) // 8)), color=TARGET, alpha=0.6, lw=0)
-        ax.axvline(LIMIT, color=DARK, lw=0.9, ls="--", label=rf"$\hat{{k}}$ = {LIMIT}")
+        ax.axvline(KHAT_BOUND, color=DARK, lw=0.9, ls="--", label=rf"$\hat{{k}}$ = {KHAT_BOUND}")
         ax.set(xlabel=r"$\hat{k}$ of an image's weights", ylabel="images")
         ax.legend()
 
     count = len(evaluation.khat)
-    alt = f"Histogram of k̂ of {count} images: median {np.median(finite):.2f}, {above} above {LIMIT}."
+    alt = f"Histogram of k̂ of {count} images: median {np.median(finite):.2f}, {above} above {KHAT_BOUND}."
     caption = (
         f"k̂ of the weights p(x, z)/q(z|x) of {count} images, {evaluation.khat_draws:,} draws each: {above} are above "
-        f"{LIMIT}, where a bound by importance sampling is low by an unknown amount."
+        f"{KHAT_BOUND}, where a bound by importance sampling is low by an unknown amount."
     )
-    return drawn((WIDE[0], 2.8), alt, caption, draw)
+    return drawn((WIDE_FIGURE[0], 2.8), alt, caption, draw)

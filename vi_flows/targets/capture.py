@@ -14,10 +14,10 @@ from ..errors import first_line
 from .pyro_run import NUMERICAL
 from .recording import NotRecordedError, Program, TooLargeError, agree, is_recorded
 
-WAIT = 16  # evaluations of one size before it is recorded: about what recording and checking cost
-KEPT = 32  # programs; more sizes come up only by mistake
+CALLS_BEFORE_RECORDING = 16  # evaluations of one size before it is recorded: about what recording and checking cost
+MOST_PROGRAMS = 32  # programs; more sizes come up only by mistake
 DISPATCH = 2000  # elements of arithmetic that take as long as dispatching one operation
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}
+CAPTURE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 Density = Callable[[Tensor], Tensor]
 
@@ -52,7 +52,7 @@ class Captured:
         self.fn = state["fn"]
         self.forget()
 
-    def __call__(self, x: Tensor, wait: int = WAIT) -> Tensor:
+    def __call__(self, x: Tensor, wait: int = CALLS_BEFORE_RECORDING) -> Tensor:
         """fn(x); the first ``wait`` evaluations of a size are not recorded."""
         if self.refused or not 1 < len(x) < self.most or _is_transformed() or torch.is_inference_mode_enabled():
             return self.fn(x)
@@ -93,7 +93,7 @@ class Captured:
         except Exception as error:  # dispatch modes meet whatever a model is made of
             self.refused = first_line(error, kind=not isinstance(error, NotRecordedError))
             return None
-        self.batches = [*self.batches[1 - KEPT :], batch]
+        self.batches = [*self.batches[1 - MOST_PROGRAMS :], batch]
         return batch
 
     def _agrees(self, batch: Batch, x: Tensor) -> bool:
@@ -104,7 +104,7 @@ class Captured:
                 expected, found = directly(self.fn, points, batch.gradient), batch.run(points)
             except NUMERICAL:
                 continue  # no density there to compare
-            if not agree(found, expected, AGREEMENT[x.dtype]):
+            if not agree(found, expected, CAPTURE_TOLERANCE[x.dtype]):
                 return False
         return True
 

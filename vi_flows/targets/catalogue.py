@@ -18,8 +18,8 @@ from .known import Box, KnownDensity, cells, grid_draws, normal, uniform
 
 LOG_2PI = math.log(2 * math.pi)
 LARGEST_EXPONENT = 600.0  # of a precision e^{-v}: beyond it, and far outside all mass, it stays as it is
-TINY = 1e-16  # added to a squared norm, whose root has no derivatives at 0
-WAVES: Box = ((-13.0, 13.0), (-7.5, 4.5))  # where U2, U3 and U4 have all their mass
+SQUARED_FLOOR = 1e-16  # added to a squared norm, whose root has no derivatives at 0
+WAVE_WINDOW: Box = ((-13.0, 13.0), (-7.5, 4.5))  # where U2, U3 and U4 have all their mass
 BROWNIAN_STEPS = 30
 BROWNIAN_TIMES = (*range(1, 11), *range(21, 31))
 BROWNIAN_OBSERVED = (
@@ -287,7 +287,7 @@ def _kernel(x: Tensor, sd: float) -> Tensor:
 
 
 def _norm(z: Tensor) -> Tensor:
-    return (z.square().sum(-1) + TINY).sqrt()
+    return (z.square().sum(-1) + SQUARED_FLOOR).sqrt()
 
 
 def _wave(z: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def _two_waves(gap: Callable[[Tensor], Tensor], sd: float, log_z: float) -> Know
     )
 
 
-def _in_plane(log_p: Callable[[Tensor], Tensor], log_z: float, box: Box = WAVES, **modes: Any) -> KnownDensity:
+def _in_plane(log_p: Callable[[Tensor], Tensor], log_z: float, box: Box = WAVE_WINDOW, **modes: Any) -> KnownDensity:
     def draw(n: int, generator: Generator) -> Tensor:
         return grid_draws(log_p, box, n, generator)
 

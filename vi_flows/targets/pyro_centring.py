@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # families on R with loc and scale; on (0, ∞) with a scale, by the attribute that holds it and its sign in the logarithm
 LOCATED = ("Normal", "StudentT", "Laplace", "Cauchy", "Logistic", "SoftLaplace", "Gumbel", "LogNormal")
-SCALED = {
+SCALE_FAMILIES = {
     "HalfNormal": ("scale", 1),
     "HalfCauchy": ("scale", 1),
     "Weibull": ("scale", 1),
@@ -28,7 +28,7 @@ SCALED = {
     "Exponential": ("rate", -1),
 }
 MATRIX = ("MultivariateNormal", "MultivariateStudentT")
-TINY = 1e-300  # a scale that underflows to 0 would make 0 · ∞ of coordinates that are sound
+SCALE_FLOOR = 1e-300  # a scale that underflows to 0 would make 0 · ∞ of coordinates that are sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Frame:
         return self.loc if self.scale is None else self._scale().log()
 
     def _scale(self) -> Tensor:
-        return self.scale.clamp_min(TINY)
+        return self.scale.clamp_min(SCALE_FLOOR)
 
     def same(self, other: Frame) -> bool:
         """Whether two frames are equal, as those of two runs are where a site depends on no other."""
@@ -93,8 +93,8 @@ def frame_of(fn: Any) -> Frame | None:
     name = type(fn).__name__
     if name in LOCATED:
         return Frame(torch.as_tensor(fn.loc), torch.as_tensor(fn.scale))
-    if name in SCALED:
-        attribute, sign = SCALED[name]
+    if name in SCALE_FAMILIES:
+        attribute, sign = SCALE_FAMILIES[name]
         return Frame(sign * torch.as_tensor(getattr(fn, attribute)).log())
     if name == "FoldedDistribution" and type(fn.base_dist).__name__ in LOCATED:
         return Frame(torch.as_tensor(fn.base_dist.scale).log())

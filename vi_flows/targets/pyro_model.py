@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import first_line
-from .capture import WAIT, Captured
+from .capture import CALLS_BEFORE_RECORDING, Captured
 from .pyro_centring import Centring, Frame, degrees_of
 from .pyro_modes import choose_mode
-from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, seeded
+from .pyro_run import NUMERICAL, ModelRun, Values, by_halves, seeded_in_use
 from .pyro_sites import Site, account, inspect_model, plate_dims
 from .target import Target
 from .values import believed
 
-BLOCK = 4096
+MODEL_BLOCK = 4096
 
 
 class PyroModel(Target):
@@ -60,7 +60,7 @@ class PyroModel(Target):
 
     def _prepare(self, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         model, args, kwargs = self._call
-        with seeded(0):
+        with seeded_in_use(0):
             self._run = ModelRun(model, args, kwargs, dtype, device)
             layout = inspect_model(self._run)
             self.dtype = dtype
@@ -120,14 +120,14 @@ class PyroModel(Target):
         other._run.centring = Centring(chosen, other.degrees) if chosen else None
         other._captured = Captured(other._evaluate)
         if self.mode == "vmap":
-            with seeded(0):
+            with seeded_in_use(0):
                 choose_mode(other)
         return other
 
     def scales(self) -> list[int]:
         """The coordinates on which scales of sites in ``centrable`` depend, those of the smallest sites first."""
         apart = self.recentred({name: 0.0 for name in self.centrable})
-        with seeded(0):
+        with seeded_in_use(0):
             x = apart.prior(1)
         with self._run.settings(), torch.enable_grad():
             x = x.to(dtype=self.dtype, device=self.device).requires_grad_()
@@ -180,7 +180,7 @@ class PyroModel(Target):
         """log p (N,) of the rows of x (N, dim), which may raise for all because of one."""
         if self.mode != "vmap" or self.capture is False:
             return self._evaluate(x)
-        return self._captured(x, wait=0 if self.capture is True else WAIT)
+        return self._captured(x, wait=0 if self.capture is True else CALLS_BEFORE_RECORDING)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """log p (N,) of the rows of x (N, dim) by the model itself."""
@@ -198,8 +198,8 @@ class PyroModel(Target):
                 return values
             evaluate = self._each(self._run.deterministic)
             blocks = []
-            for start in range(0, len(x), BLOCK):
-                block = {name: value[start : start + BLOCK] for name, value in values.items()}
+            for start in range(0, len(x), MODEL_BLOCK):
+                block = {name: value[start : start + MODEL_BLOCK] for name, value in values.items()}
                 blocks += by_halves(evaluate, block, self._failed_deterministic)
         return values | {name: torch.cat([block[name] for block in blocks]) for name in computed if blocks}
 

@@ -21,7 +21,7 @@ NEAR_TRIALS, PRIOR_TRIALS = 5, 2
 AGREES = "agrees with single evaluations"
 ROWS_OF_A_FIT = 600_000  # gradients, about, by which a loop's time is foretold: 1,500 steps of 256, and what is around
 # vmap against single evaluations, relative: above the rounding of an ill-conditioned Cholesky, below a wrong shape
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+MODE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 def choose_mode(model: PyroModel) -> None:
@@ -35,7 +35,7 @@ def choose_mode(model: PyroModel) -> None:
             except Exception as error:  # anything may come out of a model that was not written for it
                 reasons.setdefault(model.mode, f"{model.mode}: {first_line(error)}")
                 continue
-            tolerance = AGREEMENT[model.dtype]
+            tolerance = MODE_TOLERANCE[model.dtype]
             if torch.allclose(batch, singles, rtol=tolerance, atol=tolerance, equal_nan=True):
                 filled = f"{AGREES}; tensors that it fills join the batch"
                 model.mode_reason = filled if model._run.fills else "; ".join(reasons.values()) or AGREES

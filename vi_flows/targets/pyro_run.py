@@ -152,7 +152,7 @@ def settings(dtype: torch.dtype, validate: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded_in_use(seed: int) -> Iterator[None]:
     """Run with seeded random numbers and leave the user's as they were, on the CPU and on devices in use."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

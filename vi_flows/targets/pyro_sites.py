@@ -28,7 +28,7 @@ from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is
 Node = dict[str, Any]
 PRIOR_RUNS = 3  # compared with one another: a random structure or support shows as a difference
 PRIOR_TRIES = 10
-LISTED, SHOWN = 8, 4  # sites in a sentence, and numbers of one
+LISTED_SITES, SHOWN_VALUES = 8, 4  # sites in a sentence, and numbers of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +187,15 @@ def account(observed: Values, factors: list[str], fixed: Values) -> list[str]:
 
 
 def _listed(items: list[str]) -> str:
-    more = len(items) - LISTED
-    return ", ".join(items[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    more = len(items) - LISTED_SITES
+    return ", ".join(items[:LISTED_SITES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _value(value: Tensor) -> str:
     """A constant in a sentence: its numbers where they are few, else their shape and range."""
     if value.numel() == 1:
         return f"{float(value):.4g}"
-    if value.numel() <= SHOWN:
+    if value.numel() <= SHOWN_VALUES:
         return f"[{', '.join(f'{v:.4g}' for v in value.flatten().tolist())}]"
     shape = " × ".join(map(str, value.shape))
     return f"{shape} numbers from {float(value.min()):.4g} to {float(value.max()):.4g}"

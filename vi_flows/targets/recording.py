@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LARGEST = 2**28  # bytes of results; beyond it arithmetic, not Python, takes the time
+LARGEST_RESULTS = 2**28  # bytes of results; beyond it arithmetic, not Python, takes the time
 ALIASES = ("detach", "view", "expand", "_unsafe_view", "permute")  # what may return its input's very elements
 # torch.NAME runs the same operation as torch.ops.aten.NAME, and reads its arguments in half the time
 QUICK = {
@@ -104,8 +104,8 @@ class Recorder(TorchDispatchMode):
             self.bytes += sum(t.numel() * t.element_size() for t in outputs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.refuse(NotRecordedError(f"it draws random numbers ({func.overloadpacket})"))
-        if self.bytes > LARGEST:
-            self.refuse(TooLargeError(f"its results take more than {LARGEST >> 20} MB"))
+        if self.bytes > LARGEST_RESULTS:
+            self.refuse(TooLargeError(f"its results take more than {LARGEST_RESULTS >> 20} MB"))
         parts = _dtypes(func, inputs, kwargs, outputs, out)
         self.operations.append(Operation(func, args, *parts, alias=_is_alias(func, args, out)))
         return out

@@ -22,7 +22,7 @@ SUNK = 30.0
 BORDERS, BISECTIONS = 16, 50  # points without a value whose border is sought, and halvings of the way there
 SIDE, LOOKED = 4.0, 256  # of the box around 0 from which starts come, and points in it that a fit's notes speak of
 SKIPPED_WARN = 0.01  # of the draws, skipped for want of a value, from where a warning says so
-ROWS = 8  # at which the precision of a target is looked at
+PRECISION_ROWS = 8  # at which the precision of a target is looked at
 
 
 def believed(log_p: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def precision_of(target: Target, x: Tensor) -> torch.dtype:
     Seen in the operations that are dispatched, and in values that are all exact in float32, which a density computed
     elsewhere (by NumPy, say) may show.
     """
-    x = x[:ROWS].detach()
+    x = x[:PRECISION_ROWS].detach()
     with torch.no_grad():
         rows = x.clone()
         with _Precision(rows) as seen:

@@ -15,22 +15,22 @@ from torch import Tensor
 from ..arguments import whole
 from ..fitting.fit import fit
 from ..fitting.posterior import Posterior
+from ..inference.estimate.quantities import PROBABILITIES
 from ..inference.judge.check import SPARED
 from ..inference.rehearse.ranks import Rate
 from ..inference.rehearse.refits import CLAIMED, STATUSES
 from .hierarchies import Hierarchy, hierarchy
-from .synthetic import KINDS, SyntheticTarget, synthetic
+from .synthetic import TARGET_KINDS, SyntheticTarget, synthetic
 
 NECKS = ("neck", "neck_model")  # hierarchies whose scale may be small: as plain densities, and as Pyro models
 
-EXACT, WEIGHTED = 200_000, 40_000  # draws: of the truth, and of the posterior beside it
-PROBABILITIES = (0.05, 0.5, 0.95)
+TRUTH_DRAWS, POSTERIOR_DRAWS = 200_000, 40_000  # draws: of the truth, and of the posterior beside it
 # what makes numbers wrong; the judge's own bounds are not asked, so that they may change
 LIMITS = {"log Z": 0.1, "mean": 0.1, "P5": 0.015, "P50": 0.03, "P95": 0.015}
 
 
 @dataclass(frozen=True)
-class Row:
+class CalibrationRow:
     """One fit of one synthetic target, beside the truth.
 
     kind, seed, dim, target: what was fitted, :func:`known_target`, whose seed was also the fit's. status: of the
@@ -75,14 +75,14 @@ class Row:
 class Calibration:
     """The verdict against the truth, over rows; a fit that raised claims nothing and counts among the fits."""
 
-    rows: list[Row]
+    rows: list[CalibrationRow]
 
     @property
-    def false_claims(self) -> list[Row]:
+    def false_claims(self) -> list[CalibrationRow]:
         return [row for row in self.rows if row.claimed and not row.right]
 
     @property
-    def false_alarms(self) -> list[Row]:
+    def false_alarms(self) -> list[CalibrationRow]:
         return [row for row in self.rows if row.right and not row.claimed]
 
     @property
@@ -129,9 +129,9 @@ def calibrate_verdict(
     n: int,
     seed: int = 0,
     *,
-    kinds: Sequence[str] = tuple(KINDS),
-    kept: Iterable[Row] = (),
-    report: Callable[[Row], None] | None = None,
+    kinds: Sequence[str] = tuple(TARGET_KINDS),
+    kept: Iterable[CalibrationRow] = (),
+    report: Callable[[CalibrationRow], None] | None = None,
 ) -> Calibration:
     """Fit n synthetic targets by ``fit``'s defaults, and tabulate what the verdict claims against the truth.
 
@@ -148,7 +148,7 @@ def calibrate_verdict(
     Raises ValueError for n < 1 or an unknown kind.
     """
     whole("n", n, remedy="the number of targets to fit")
-    every = (*KINDS, *NECKS)
+    every = (*TARGET_KINDS, *NECKS)
     unknown = [kind for kind in kinds if kind not in every]
     if unknown or not kinds:
         raise ValueError(f"kinds: expected some of {', '.join(every)}, got {unknown or 'none'}")
@@ -167,7 +167,7 @@ def known_target(kind: str, seed: int) -> SyntheticTarget | Hierarchy:
     return hierarchy(kind, seed) if kind in NECKS else synthetic(kind, seed)
 
 
-def measure(target: SyntheticTarget | Hierarchy) -> Row:
+def measure(target: SyntheticTarget | Hierarchy) -> CalibrationRow:
     """One fit by default settings, compared with exact draws and log Z = 0; one that raises is a row too."""
     described = {"kind": target.kind, "seed": target.seed, "dim": target.dim, "target": target.how}
     began = time.process_time()
@@ -175,21 +175,21 @@ def measure(target: SyntheticTarget | Hierarchy) -> Row:
         posterior = fit(target.target(), seed=target.seed, progress=False)
     except Exception as error:  # whatever it is, it is what a user would have got
         seconds, message = time.process_time() - began, f"{type(error).__name__}: {error}"
-        return Row(**described, status="error", cpu_seconds=seconds, message=message)
+        return CalibrationRow(**described, status="error", cpu_seconds=seconds, message=message)
     return compare(posterior, target, described, time.process_time() - began)
 
 
 def compare(
     posterior: Posterior, target: SyntheticTarget | Hierarchy, described: dict[str, Any], cpu_seconds: float
-) -> Row:
+) -> CalibrationRow:
     """The row of a posterior of a target with log Z = 0 and exact draws."""
     checks, seed = posterior.verdict.checks, described["seed"] + 1
-    exact, log_z = target.draws(EXACT, target.seed), target.log_z_of(posterior.log_evidence)
+    exact, log_z = target.draws(TRUTH_DRAWS, target.seed), target.log_z_of(posterior.log_evidence)
 
     def drawn(weighted: bool) -> Tensor:
-        return target.points(posterior.sample(WEIGHTED, weighted=weighted, seed=seed))
+        return target.points(posterior.sample(POSTERIOR_DRAWS, weighted=weighted, seed=seed))
 
-    return Row(
+    return CalibrationRow(
         **described,
         status=posterior.verdict.status,
         cpu_seconds=cpu_seconds,
@@ -228,7 +228,7 @@ def _multiple(error: float, name: str) -> float:
     return math.inf if math.isnan(error) else error / LIMITS[name]
 
 
-def _line(name: str, rows: list[Row]) -> str:
+def _line(name: str, rows: list[CalibrationRow]) -> str:
     counts = [
         (sum(row.right for row in rows if row.status == status), sum(row.status == status for row in rows))
         for status in STATUSES

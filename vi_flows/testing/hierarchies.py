@@ -13,13 +13,13 @@ from torch import Generator, Tensor
 from ..running import seeded
 from ..targets import PyroModel, Target
 from ..targets.known import KnownDensity, cells, normal, uniform
+from .synthetic import STREAM
 
 MU_SD = torch.tensor(5.0, dtype=torch.float64)
-FEWEST, MOST = 5, 50  # groups
-LARGEST = 2.0  # of the scale that makes the data, in sds of their noise
+FEWEST, MOST_GROUPS = 5, 50  # groups
+LARGEST_SCALE = 2.0  # of the scale that makes the data, in sds of their noise
 LOG_TAU = torch.linspace(-30.0, 15.0, 45_001, dtype=torch.float64)
-STREAM = 1_000_003  # sets the draws of a hierarchy apart from those of a fit of the same seed
-PRIORS: dict[str, Callable[[float], dist.Distribution]] = {
+SCALE_PRIORS: dict[str, Callable[[float], dist.Distribution]] = {
     "HalfNormal": lambda scale: dist.HalfNormal(scale),
     "HalfCauchy": lambda scale: dist.HalfCauchy(scale),
     "Exponential": lambda scale: dist.Exponential(1 / scale),
@@ -37,7 +37,7 @@ class Hierarchy(KnownDensity):
 
     def __init__(self, y: Tensor, noise: Tensor, prior: str, scale: float, kind: str, seed: int) -> None:
         self.y, self.noise, self.kind, self.seed = y, noise, kind, seed
-        self.scale_prior = PRIORS[prior](torch.tensor(scale, dtype=torch.float64))
+        self.scale_prior = SCALE_PRIORS[prior](torch.tensor(scale, dtype=torch.float64))
         self.log_tau = self._log_joint_of_tau()
         self.log_evidence = float(self.log_tau.logsumexp(0)) + math.log(float(LOG_TAU[1] - LOG_TAU[0]))
         words = f"{len(y)} groups, {prior} of scale {scale:.2f}"
@@ -101,9 +101,9 @@ def hierarchy(kind: str, seed: int) -> Hierarchy:
     """A random hierarchy, which depends on (kind, seed) alone: 5 to 50 groups, noise of sds .5 to 2, effects of sd 0 to
     2, any of five priors."""
     with seeded(STREAM * (seed + 1) + (kind == "neck")):
-        groups = round(FEWEST * (MOST / FEWEST) ** float(torch.rand(())))
-        prior = list(PRIORS)[int(torch.randint(len(PRIORS), ()))]
-        scale, tau = 2 ** float(2 * torch.rand(()) - 1), LARGEST * float(torch.rand(()))
+        groups = round(FEWEST * (MOST_GROUPS / FEWEST) ** float(torch.rand(())))
+        prior = list(SCALE_PRIORS)[int(torch.randint(len(SCALE_PRIORS), ()))]
+        scale, tau = 2 ** float(2 * torch.rand(()) - 1), LARGEST_SCALE * float(torch.rand(()))
         noise = 2 ** (2 * torch.rand(groups, dtype=torch.float64) - 1)
         y = float(torch.randn(())) + tau * torch.randn(groups, dtype=torch.float64)
         y = y + noise * torch.randn(groups, dtype=torch.float64)

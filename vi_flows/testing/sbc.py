@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import whole
 from ..fitting.fit import fit as fit_by_default
 from ..fitting.posterior import Posterior
-from ..inference.rehearse.refits import DATA_SEED, Quantities, RankCheck, Row, Values, collect, measured, point
+from ..inference.rehearse.refits import DATA_SEED, Quantities, RankCheck, Refit, Values, collect, measured, point
 from ..running import seeded
 from ..targets import PyroModel, resolve_target
 from ..targets.pyro_simulate import check_prior, conditioned_on_data, simulate, with_data
@@ -35,8 +35,8 @@ def simulation_based_calibration(
     seed: int = 0,
     fit: Fit | None = None,
     quantities: Quantities | None = None,
-    kept: Iterable[Row] = (),
-    report: Callable[[Row], None] | None = None,
+    kept: Iterable[Refit] = (),
+    report: Callable[[Refit], None] | None = None,
     **options: Any,
 ) -> SimulationBasedCalibration:
     r"""Fit n data sets simulated with parameters from the prior, and rank these among the posterior draws.

@@ -26,10 +26,11 @@ FAMILIES = {"spline": 0.2, "realnvp": 0.6, "maf": 0.6, "radial": 0.6}
 LEAST_SEVERITY = 1 / 12  # of these
 DECADES = (0.0, 1.0, 3.0)  # scales of coordinates are 10^±decades
 LARGEST_LOG_SCALE = 300.0  # of a funnel's coordinates: far outside all mass, where they stay as they are
-STREAM = 1_000_003  # sets the draws of a target's parameters apart from those of a fit of the same seed
+# sets the draws of a target's (or hierarchy's) parameters apart from those of a fit of the same seed
+STREAM = 1_000_003
 
 
-class Funnel(Bijection):
+class FunnelBijection(Bijection):
     """x₁ = s z₁ and x_i = e^{s z₁/2} z_i: over normal noise, the funnel of Neal 2003 with sd s; scale: (1,)."""
 
     def __init__(self, scale: Tensor):
@@ -107,14 +108,14 @@ def synthetic(kind: str, seed: int, dim: int | None = None) -> SyntheticTarget:
     kind: "normal", "student", "mixture", "funnel" or "banana". dim: drawn from 1 (funnel and banana: 2) to 20 unless
     given. The target depends on (kind, seed, dim) alone. Raises ValueError for an unknown kind or a dim too small.
     """
-    one_of("kind", kind, KINDS)
-    make, least = KINDS[kind]
+    one_of("kind", kind, TARGET_KINDS)
+    make, least = TARGET_KINDS[kind]
     if dim is not None:
         whole("dim", dim, least, f"less is too few for kind {kind!r}")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # which random numbers are drawn depends on it
     try:
-        with seeded(STREAM * (seed + 1) + list(KINDS).index(kind)):
+        with seeded(STREAM * (seed + 1) + list(TARGET_KINDS).index(kind)):
             drawn = round(math.exp(_uniform(math.log(least), math.log(LARGEST_DIM))))
             dim = drawn if dim is None else dim
             base, layers, words = make(dim)
@@ -147,7 +148,7 @@ def _mixture(dim: int) -> tuple[Base, list[Layer], str]:
 
 def _funnel(dim: int) -> tuple[Base, list[Layer], str]:
     scale = _uniform(0.3, 3.0)
-    layer = Fixed(Funnel, scale=torch.tensor([scale], dtype=torch.float64))
+    layer = Fixed(FunnelBijection, scale=torch.tensor([scale], dtype=torch.float64))
     return StandardNormal(dim), [layer], f"funnel of sd {scale:.1f}"
 
 
@@ -157,7 +158,7 @@ def _banana(dim: int) -> tuple[Base, list[Layer], str]:
     return StandardNormal(dim), [layer], f"banana of bend {bend:.1f}"
 
 
-KINDS: dict[str, tuple[Callable[[int], tuple[Base, list[Layer], str]], int]] = {
+TARGET_KINDS: dict[str, tuple[Callable[[int], tuple[Base, list[Layer], str]], int]] = {
     "normal": (_normal, 1),
     "student": (_student, 1),
     "mixture": (_mixture, 1),

@@ -19,12 +19,12 @@ from .distributed import ALONE, Workers
 if TYPE_CHECKING:
     from .model import VAE, Terms
 
-CHUNK = 1000  # draws that are decoded at once
-NUMBERS = 2**25  # that a decoder gives at once, at most: 256 levels of every pixel are many
+DECODED_DRAWS = 1000  # draws that are decoded at once
+DECODED_NUMBERS = 2**25  # that a decoder gives at once, at most: 256 levels of every pixel are many
 
 
 def bound(
-    vae: VAE, x: Tensor, draws: int = 1, seed: int = 0, chunk: int = CHUNK, processes: Workers = ALONE
+    vae: VAE, x: Tensor, draws: int = 1, seed: int = 0, chunk: int = DECODED_DRAWS, processes: Workers = ALONE
 ) -> tuple[Tensor, Tensor]:
     """ELBO and IWAE-K, log (1/K) Σ_k w_k (Burda et al. 2016), of each row of x (N, dim): two (N,), double precision.
 
@@ -35,17 +35,17 @@ def bound(
     Raises ValueError where x are no rows, or fewer than there are processes.
     """
     with evaluating(vae), seeded(seed):
-        elbo, iwae = of_weights(terms.log_w for terms in blocks(vae, x, draws, chunk, processes))
+        elbo, iwae = bounds_of(terms.log_w for terms in blocks(vae, x, draws, chunk, processes))
     return processes.gathered(elbo, len(x)), processes.gathered(iwae, len(x))
 
 
-def of_weights(log_w: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+def bounds_of(log_w: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """ELBO and IWAE-K of each row, from the log-weights (K, n) of some rows after the others."""
-    elbo, iwae = zip(*((each.mean(0), log_mean(each)) for each in map(double, log_w)), strict=True)
+    elbo, iwae = zip(*((each.mean(0), log_mean_by_row(each)) for each in map(double, log_w)), strict=True)
     return torch.cat(elbo), torch.cat(iwae)
 
 
-def blocks(vae: VAE, x: Tensor, draws: int, chunk: int = CHUNK, processes: Workers = ALONE) -> Iterator[Terms]:
+def blocks(vae: VAE, x: Tensor, draws: int, chunk: int = DECODED_DRAWS, processes: Workers = ALONE) -> Iterator[Terms]:
     """Terms of ``draws`` draws of q(z|x) for this process's share of the rows of x (N, dim), some after the others."""
     count, x = len(x), processes.share(on_device(vae, x, processes.count))
 
@@ -53,10 +53,10 @@ def blocks(vae: VAE, x: Tensor, draws: int, chunk: int = CHUNK, processes: Worke
         q = vae.posterior(vae.encoder(x[rows]))
         return lambda noise: vae.terms(x[rows], q, noise)
 
-    return in_blocks(of, vae.posterior.base, count, draws, affordable(vae, x, chunk), processes)
+    return terms_in_blocks(of, vae.posterior.base, count, draws, affordable(vae, x, chunk), processes)
 
 
-def in_blocks(
+def terms_in_blocks(
     of: Callable[[slice], Callable[[Tensor], Terms]],
     base: Base,
     count: int,
@@ -81,8 +81,8 @@ def in_blocks(
 
 
 def affordable(vae: VAE, x: Tensor, chunk: int) -> int:
-    """``chunk``, or fewer draws where these make more than ``NUMBERS`` numbers of the decoder."""
-    return min(whole("chunk", chunk), max(1, NUMBERS // (vae.likelihood.channels * x.shape[1])))
+    """``chunk``, or fewer draws where these make more than ``DECODED_NUMBERS`` numbers of the decoder."""
+    return min(whole("chunk", chunk), max(1, DECODED_NUMBERS // (vae.likelihood.channels * x.shape[1])))
 
 
 def on_device(vae: VAE, x: Tensor, least: int = 1) -> Tensor:
@@ -99,7 +99,7 @@ def double(x: Tensor) -> Tensor:
     return x.detach().cpu().double()
 
 
-def log_mean(log_w: Tensor) -> Tensor:
+def log_mean_by_row(log_w: Tensor) -> Tensor:
     """log (1/K) Σ_k w_k of log_w (K, N), as (N,)."""
     return log_w.logsumexp(0) - math.log(len(log_w))
 

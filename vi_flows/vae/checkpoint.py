@@ -17,36 +17,36 @@ from torch import Tensor
 from ..atomic import replacing
 from ..errors import first_line
 from .model import VAE, Architecture, build
-from .training import Options, State, begin
+from .training import State, VAEOptions, begin
 
-FORMAT = 2
-LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
-NAMES = (LAST, PREVIOUS, BEST)
+CHECKPOINT_FORMAT = 2
+LAST_FILE, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+NAMES = (LAST_FILE, PREVIOUS, BEST)
 PLAIN = ("epoch", "step", "totals", "seconds", "bad", "history")  # of a state, as JSON
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What a checkpoint says of its run: the architecture, the options, and what the data was."""
 
     architecture: Architecture
-    options: Options
+    options: VAEOptions
     data: dict[str, Any]
 
 
-def save(state: State, run: Run, folder: Path) -> Path:
+def save(state: State, run: TrainingRun, folder: Path) -> Path:
     """Write ``last``, which makes the one before it ``previous``; ``best`` too if the validation bound is the best."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _tensors(state).items()}
     header = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "architecture": run.architecture.as_dict(),
         "options": run.options.as_dict(),
         "data": run.data,
         **{name: getattr(state, name) for name in PLAIN},
     }
     header["digest"] = _digest(header, tensors)
-    last = folder / LAST
+    last = folder / LAST_FILE
     if last.exists():
         _copy(last, folder / PREVIOUS)
     with replacing(last) as temporary:
@@ -61,11 +61,11 @@ def _copy(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def resume(folder: Path) -> tuple[State, Run]:
+def resume(folder: Path) -> tuple[State, TrainingRun]:
     """The state of ``last``, or, where that was removed, of ``previous``, with the generators as they were."""
     for stale in folder.glob(".*.tmp"):
         stale.unlink()
-    name = LAST if (folder / LAST).exists() else PREVIOUS
+    name = LAST_FILE if (folder / LAST_FILE).exists() else PREVIOUS
     header, tensors = _read(folder / name)
     run = _run(header, folder / name)
     state = begin(build(run.architecture), run.options)
@@ -85,11 +85,11 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def load(path: Path) -> tuple[VAE, Run, list[dict[str, float]]]:
+def load(path: Path) -> tuple[VAE, TrainingRun, list[dict[str, float]]]:
     """The VAE of a checkpoint (of a folder: the best), its run and history."""
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in (BEST, LAST, PREVIOUS) if (path / name).exists()), path / BEST)
+        path = next((path / name for name in (BEST, LAST_FILE, PREVIOUS) if (path / name).exists()), path / BEST)
     header, tensors = _read(path)
     run = _run(header, path)
     with torch.random.fork_rng(devices=[]):
@@ -134,9 +134,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except Exception as error:
         reason = f"{path} ({first_line(error, kind=False)}); remove it to use the one before"
         raise ValueError(f"checkpoint: expected a whole safetensors file, got {reason}") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != CHECKPOINT_FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"checkpoint: expected one of format {FORMAT}, got format {found} in {path}; train it again")
+        raise ValueError(
+            f"checkpoint: expected one of format {CHECKPOINT_FORMAT}, got format {found} in {path}; train it again"
+        )
     if header.pop("digest", None) != _digest(header, tensors):
         raise ValueError(
             f"checkpoint: expected what was saved, got changed contents in {path}; remove it to use the one before"
@@ -144,10 +146,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _run(header: dict[str, Any], path: Path) -> Run:
+def _run(header: dict[str, Any], path: Path) -> TrainingRun:
     try:
         architecture = header["architecture"] | {"shape": tuple(header["architecture"]["shape"])}
-        return Run(Architecture(**architecture), Options(**header["options"]), header["data"])
+        return TrainingRun(Architecture(**architecture), VAEOptions(**header["options"]), header["data"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: expected the settings of a VAE, got others in {path} ({error})") from None
 

@@ -18,7 +18,7 @@ from .files import SPLITS, by, digits, read, refuse
 Shape = tuple[int, int, int]
 BINARISE = ("none", "static", "dynamic", "threshold")
 CLASSES = 100  # a column of integers with fewer different values may be labels
-CHUNK = 4096  # rows turned into floats at a time
+FLOAT_ROWS = 4096  # rows turned into floats at a time
 BELOW_ONE = 1 - 2.0**-16  # in float32, 255 + u rounds to 256 for the largest u
 
 
@@ -64,7 +64,7 @@ class Images:
     def all_values(self) -> Iterator[Tensor]:
         """All rows as a training step, validation and test see them, some after the others."""
         for rows in (self.train, self.valid, self.test):
-            for part in rows.split(CHUNK):
+            for part in rows.split(FLOAT_ROWS):
                 yield self.values(part, training=rows is self.train)
 
     @cached_property
@@ -80,7 +80,7 @@ class Images:
         return math.sqrt(self._average(lambda x: (x - self.centre).square()))
 
     def _average(self, f: Callable[[Tensor], Tensor]) -> float:
-        sums = [f(self.values(rows).double()).sum() for rows in self.train.split(CHUNK)]
+        sums = [f(self.values(rows).double()).sum() for rows in self.train.split(FLOAT_ROWS)]
         return float(sum(sums)) / self.train.numel()
 
 
@@ -150,7 +150,7 @@ def _with_noise(images: Images, binarise: str, dequantise: bool, generator: torc
     noisy = replace(images, levels=levels, noise=noise)
 
     def once(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.cat([noisy.values(part, True, generator).to(dtype) for part in rows.split(CHUNK)])
+        return torch.cat([noisy.values(part, True, generator).to(dtype) for part in rows.split(FLOAT_ROWS)])
 
     if binarise == "static":
         return replace(images, levels=2, **{name: once(getattr(images, name), torch.uint8) for name in SPLITS})
@@ -177,12 +177,12 @@ def _bytes_where_possible(rows: dict[str, Tensor]) -> tuple[dict[str, Tensor], i
     if len({r.dtype for r in rows.values()}) > 1:
         got = ", ".join(f"{'bytes' if r.dtype == torch.uint8 else 'floats'} in {name}" for name, r in rows.items())
         refuse("pixels of one type", got, "save all arrays as uint8, or all as float32")
-    parts = [part for r in rows.values() for part in r.split(CHUNK)]
+    parts = [part for r in rows.values() for part in r.split(FLOAT_ROWS)]
     if parts[0].is_floating_point():
         if not all(_is_grey(part) for part in parts):
             return rows, None
         rows = {name: (255 * r).round().to(torch.uint8) for name, r in rows.items()}
-        parts = [part for r in rows.values() for part in r.split(CHUNK)]
+        parts = [part for r in rows.values() for part in r.split(FLOAT_ROWS)]
     if all(bool((part <= 1).all()) for part in parts):
         return rows, 2
     if all(bool(((part == 0) | (part == 255)).all()) for part in parts):

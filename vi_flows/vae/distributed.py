@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = timedelta(seconds=60)  # that a process waits for the others
+PROCESS_PATIENCE = timedelta(seconds=60)  # that a process waits for the others
 
 
 class Workers:
@@ -71,7 +71,7 @@ def workers() -> Iterator[Workers]:
     backend, device = ("nccl", "cuda") if torch.cuda.is_available() else ("gloo", "cpu")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=PROCESS_PATIENCE)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size(), device)
         dist.barrier()  # none leaves while another still listens to it

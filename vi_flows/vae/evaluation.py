@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
+from ..inference.bounds import KHAT_BOUND
 from ..inference.estimate.psis import khat
 from ..inference.judge.checks import tails
 from ..progress import Progress
 from ..running import seeded
-from .bounds import CHUNK, blocks, bound, double, evaluating, log_mean
+from .bounds import DECODED_DRAWS, blocks, bound, double, evaluating, log_mean_by_row
 from .distributed import ALONE, Workers
 from .model import VAE, Terms
 from .refine import refine
 
 __all__ = ["Estimate", "Evaluation", "bound", "evaluate"]
 ACTIVE = 0.01  # variance over images of a unit's posterior mean (Burda et al. 2016, sec. 5.2)
-LIMIT = 0.7  # of k̂
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class Evaluation:
     def _of_weights(self) -> list[str]:
         if not self.khat:
             return []
-        high = sum(value > LIMIT for value in self.khat) / len(self.khat)
+        high = sum(value > KHAT_BOUND for value in self.khat) / len(self.khat)
         of = f"of {len(self.khat)} images ({self.khat_draws:,} draws each)"
         if high:
-            first = f"k̂ is above {LIMIT} for {high:.1%} {of}: their IWAE bounds are low by an unknown amount."
+            first = f"k̂ is above {KHAT_BOUND} for {high:.1%} {of}: their IWAE bounds are low by an unknown amount."
         else:
-            first = f"k̂ is at most {LIMIT} for all {of}: importance weights correct q(z|x)."
+            first = f"k̂ is at most {KHAT_BOUND} for all {of}: importance weights correct q(z|x)."
         hidden = [math.log1p(share) for share in self.unseen]
         more = " or more" if max(self.unseen) == 1 else ""
         worst = f"{sum(hidden) / len(hidden):.3f} nats{more} on average, {max(hidden):.3f}{more} for the worst image"
@@ -157,7 +157,7 @@ def evaluate(
     refine_rows: int = 40,
     refine_steps: int = 400,
     dequantised: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int = DECODED_DRAWS,
     processes: Workers = ALONE,
     progress: bool = False,
 ) -> Evaluation:
@@ -229,7 +229,7 @@ def _bounds(over: Pass, x: Tensor, draws: int, seed: int) -> tuple[dict[str, Est
     with evaluating(over.vae), seeded(seed):
         for terms in over.terms("bounds", x, draws):
             log_w, likelihood, z = double(terms.log_w), double(terms.log_likelihood), double(terms.z)
-            rows = {"elbo": log_w.mean(0), "iwae": log_mean(log_w), "reconstruction": likelihood.mean(0)}
+            rows = {"elbo": log_w.mean(0), "iwae": log_mean_by_row(log_w), "reconstruction": likelihood.mean(0)}
             rows["kl"] = rows["reconstruction"] - rows["elbo"]
             parts.append(rows | {"mean": z.mean(0), "noise": z.var(0) / draws})
     found = {name: over.processes.gathered(torch.cat([part[name] for part in parts]), len(x)) for name in parts[0]}

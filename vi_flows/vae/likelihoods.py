@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, softplus
 
-LEVELS = 256  # of a byte; a pixel of level k has the value k / TOP
-TOP = LEVELS - 1
+PIXEL_LEVELS = 256  # of a byte; a pixel of level k has the value k / TOP
+TOP = PIXEL_LEVELS - 1
 LOWEST = -7.0  # of log-scales, relative to the range or the spread of the data
-TINY = -40.0  # eᵗ below which 1 − exp(−eᵗ) is eᵗ in every precision
+LINEAR_BELOW = -40.0  # eᵗ below which 1 − exp(−eᵗ) is eᵗ in every precision
 
 
 class Likelihood(ABC):
@@ -73,17 +73,17 @@ class Bernoulli(Likelihood):
 class Categorical(Likelihood):
     """p(x = k/255) = softmax(raw)_k: any distribution on the 256 levels (van den Oord et al. 2016)."""
 
-    channels, levels = LEVELS, LEVELS
+    channels, levels = PIXEL_LEVELS, PIXEL_LEVELS
 
     def pixels(self, raw: Tensor, x: Tensor) -> Tensor:
         batch, dim = raw.shape[:-2], raw.shape[-1]
         level = _level(x).long().expand(*batch, dim)
         rows = math.prod(batch)
-        loss = cross_entropy(raw.reshape(rows, LEVELS, dim), level.reshape(rows, dim), reduction="none")
+        loss = cross_entropy(raw.reshape(rows, PIXEL_LEVELS, dim), level.reshape(rows, dim), reduction="none")
         return -loss.view(*batch, dim)
 
     def mean(self, raw: Tensor) -> Tensor:
-        levels = torch.arange(LEVELS, device=raw.device, dtype=_single(raw).dtype)
+        levels = torch.arange(PIXEL_LEVELS, device=raw.device, dtype=_single(raw).dtype)
         return (_single(raw).softmax(-2) * levels.unsqueeze(-1)).sum(-2) / TOP
 
     def sample(self, raw: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class DiscretisedLogistic(Likelihood):
     m and s are in levels: m = 127.5 (1 + raw_0), log s = log 127.5 + raw_1, bounded below (Salimans et al. 2017).
     """
 
-    channels, levels = 2, LEVELS
+    channels, levels = 2, PIXEL_LEVELS
 
     def pixels(self, raw: Tensor, x: Tensor) -> Tensor:
         mean, log_scale = self._parameters(raw)
@@ -116,7 +116,7 @@ class DiscretisedLogistic(Likelihood):
         slope = (-log_scale).exp()
         # E k = Σ_k P(level ≥ k), one level at a time: 255 arrays of the size of x would be too many
         total = torch.zeros_like(mean)
-        for level in range(1, LEVELS):
+        for level in range(1, PIXEL_LEVELS):
             total += ((mean - level + 0.5) * slope).sigmoid()
         return total / TOP
 
@@ -191,7 +191,7 @@ def _bounded_below(log_scale: Tensor) -> Tensor:
 
 def _log_share(t: Tensor) -> Tensor:
     """log(1 − exp(−eᵗ)), which is t where eᵗ is tiny."""
-    return torch.where(t < TINY, t, (-torch.expm1(-t.clamp(min=TINY).exp())).log())
+    return torch.where(t < LINEAR_BELOW, t, (-torch.expm1(-t.clamp(min=LINEAR_BELOW).exp())).log())
 
 
 def _check_levels(x: Tensor, name: str, kind: str) -> None:

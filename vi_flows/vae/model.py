@@ -32,7 +32,7 @@ POSTERIORS: dict[str, tuple[str, dict[str, Any]]] = {
     "spline": ("spline", {"layers": 4, "hidden": (128,), "mixing": "none"}),
     "spline_autoregressive": ("spline_autoregressive", {"layers": 2, "hidden": (128,)}),
 }
-PRIORS = ("normal", "flow")
+PRIOR_KINDS = ("normal", "flow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ class Architecture:
             ("network", NETWORKS),
             ("likelihood", LIKELIHOODS),
             ("posterior", POSTERIORS),
-            ("prior", PRIORS),
+            ("prior", PRIOR_KINDS),
         ):
             one_of(name, getattr(self, name), known)
         known = inspect.signature(getattr(recipes, POSTERIORS[self.posterior][0])).parameters

@@ -64,7 +64,7 @@ def mlp(
     decoder_hidden: Sequence[int] = (300, 300),
 ) -> Pair:
     """Fully connected layers with ReLU, the last one of the decoder linear; the context is the last of ``hidden``."""
-    _check(shape, latent, channels)
+    _check_shapes(shape, latent, channels)
     dim = math.prod(shape)
     encoder = Encoder(_relu_layers(dim, _widths("hidden", hidden)), (dim,), hidden[-1], centre, spread)
     body = _relu_layers(latent, _widths("decoder_hidden", decoder_hidden))
@@ -88,7 +88,7 @@ def conv(
 
     Raises ValueError if height or width is not a multiple of 4.
     """
-    _check(shape, latent, channels)
+    _check_shapes(shape, latent, channels)
     few, context = whole("filters", filters), whole("hidden", hidden)
     colours, height, width = shape
     if height % 4 or width % 4:
@@ -142,7 +142,7 @@ def residual(
     ------
     ValueError if the image is smaller than the stages can halve.
     """
-    _check(shape, latent, channels)
+    _check_shapes(shape, latent, channels)
     maps, blocks, context = _widths("filters", filters), whole("blocks", blocks), whole("hidden", hidden)
     colours, *size = shape
     if min(size) < 2 ** len(maps):
@@ -220,7 +220,7 @@ def _gate(layer: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> list[nn.Modul
     return [layer, nn.GLU(dim=1)]
 
 
-def _check(shape: Shape, latent: int, channels: int) -> None:
+def _check_shapes(shape: Shape, latent: int, channels: int) -> None:
     if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"shape: expected (colours, height, width), got {shape!r}; such as (1, 28, 28)")
     whole("latent", latent)

@@ -16,15 +16,15 @@ from ..errors import DivergedError
 from ..flows.distribution import Flow
 from ..flows.parameters import Conditioned
 from ..running import seeded
-from .bounds import CHUNK, affordable, evaluating, in_blocks, of_weights, on_device
+from .bounds import DECODED_DRAWS, affordable, bounds_of, evaluating, on_device, terms_in_blocks
 from .model import VAE, Terms
 
-ROWS = 50  # that are fitted together
+REFINED_ROWS = 50  # that are fitted together
 
 Frame = tuple[Tensor, Tensor]
 
 
-class Draws(nn.Module):
+class RefinedDraws(nn.Module):
     """Draws of a flow and their log q from base noise, at context 0 if it takes one, in a row's frame loc + scale · z.
 
     A module of its own, because what :func:`torch.func.functional_call` puts in lasts only until it returns.
@@ -50,7 +50,7 @@ class Refined:
 
     vae: VAE
     x: Tensor
-    draws: Draws
+    draws: RefinedDraws
     frame: Frame
     parameters: dict[str, Tensor]
     trace: Tensor
@@ -61,7 +61,7 @@ class Refined:
         frame = tuple(part[rows] for part in self.frame)
         return terms(self.vae, self.x[rows], self.draws, frame, parameters, noise)
 
-    def bound(self, draws: int = 1000, seed: int = 0, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    def bound(self, draws: int = 1000, seed: int = 0, chunk: int = DECODED_DRAWS) -> tuple[Tensor, Tensor]:
         """ELBO and IWAE-K of each row (N,), as :func:`vi_flows.vae.bounds.bound` has them, from the same noise."""
 
         def of(rows: slice) -> Callable[[Tensor], Terms]:
@@ -69,8 +69,8 @@ class Refined:
 
         with evaluating(self.vae), seeded(seed):
             chunk = affordable(self.vae, self.x, chunk)
-            found = in_blocks(of, self.draws.flow.base, len(self.x), draws, chunk)
-            return of_weights(each.log_w for each in found)
+            found = terms_in_blocks(of, self.draws.flow.base, len(self.x), draws, chunk)
+            return bounds_of(each.log_w for each in found)
 
 
 def refine(
@@ -82,7 +82,7 @@ def refine(
     posterior: Flow | None = None,
     frame: Frame | None = None,
     seed: int = 0,
-    rows: int = ROWS,
+    rows: int = REFINED_ROWS,
 ) -> Refined:
     """Fit q to every row of x (N, dim) on its own, by Adam on the reparametrised ELBO, its rate falling to 0.
 
@@ -115,12 +115,14 @@ def refine(
     with evaluating(vae), seeded(seed):
         for some, loc, scale in zip(x.split(rows), *(part.split(rows) for part in frame), strict=True):
             start = folded(flow, None if posterior is not None else vae.encoder(some), len(some))
-            parts.append(_fit(vae, some, Draws(flow), (loc, scale), start, steps, draws, lr))
+            parts.append(_fit(vae, some, RefinedDraws(flow), (loc, scale), start, steps, draws, lr))
     parameters = {name: torch.cat([part.parameters[name] for part in parts]) for name in parts[0].parameters}
-    return Refined(vae, x, Draws(flow), frame, parameters, torch.cat([part.trace for part in parts], 1))
+    return Refined(vae, x, RefinedDraws(flow), frame, parameters, torch.cat([part.trace for part in parts], 1))
 
 
-def terms(vae: VAE, x: Tensor, draws: Draws, frame: Frame, parameters: dict[str, Tensor], noise: Tensor) -> Terms:
+def terms(
+    vae: VAE, x: Tensor, draws: RefinedDraws, frame: Frame, parameters: dict[str, Tensor], noise: Tensor
+) -> Terms:
     """Terms of rows x (n, dim), each with its own frame and parameters, at base noise (K, n, k)."""
 
     def each(own: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +147,7 @@ def folded(flow: Flow, h: Tensor | None, count: int) -> dict[str, Tensor]:
 
 
 def _fit(
-    vae: VAE, x: Tensor, draws: Draws, frame: Frame, start: dict[str, Tensor], steps: int, count: int, lr: float
+    vae: VAE, x: Tensor, draws: RefinedDraws, frame: Frame, start: dict[str, Tensor], steps: int, count: int, lr: float
 ) -> Refined:
     """Adam on the rows' own parameters; a row's gradient is in these alone, so that rows do not disturb each other."""
     parameters = {name: value.requires_grad_() for name, value in start.items()}

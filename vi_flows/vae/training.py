@@ -35,7 +35,7 @@ MOST_BAD = 5  # steps in a row whose loss or gradient is not finite
 
 
 @dataclass(frozen=True)
-class Options:
+class VAEOptions:
     """How to train.
 
     Parameters
@@ -109,7 +109,7 @@ class NegativeBound(Loss):
     The loss is minus the objective, averaged over ``rows``, those of the whole batch, of which x are a process's share.
     """
 
-    def __init__(self, vae: VAE, options: Options, processes: Workers = ALONE):
+    def __init__(self, vae: VAE, options: VAEOptions, processes: Workers = ALONE):
         super().__init__()
         self.vae, self.free_bits, self.processes = vae, options.free_bits, processes
         self.objective, self.path = OBJECTIVES[options.objective]
@@ -151,7 +151,7 @@ class State:
         return (0, -math.inf) if found is None else (int(found["epoch"]), found["valid_iwae"])
 
 
-def begin(vae: VAE, options: Options) -> State:
+def begin(vae: VAE, options: VAEOptions) -> State:
     """The state before the first step."""
     kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.Adamax
     fused = {"fused": True} if options.optimizer == "adam" else {"eps": 1e-7}
@@ -185,7 +185,7 @@ def _late(flow: Flow) -> set[nn.Parameter]:
 def train(
     state: State,
     images: Images,
-    options: Options,
+    options: VAEOptions,
     report: Callable[[State, int], None] = lambda state, steps: None,
     save: Callable[[State], None] = lambda state: None,
     stop: Callable[[], bool] = lambda: False,
@@ -218,12 +218,12 @@ def train(
     return True
 
 
-def out_of_patience(state: State, options: Options) -> bool:
+def out_of_patience(state: State, options: VAEOptions) -> bool:
     begun = max(options.warm_up, options.flow_start)
     return bool(options.patience) and state.epoch - max(state.best[0], begun) >= options.patience
 
 
-def _batches(state: State, images: Images, options: Options) -> Iterator[Tensor]:
+def _batches(state: State, images: Images, options: VAEOptions) -> Iterator[Tensor]:
     """The rows of this epoch that are left, in the epoch's own order, as a step takes them."""
     order = torch.randperm(
         len(images.train), generator=torch.Generator().manual_seed(1_000_003 * options.seed + state.epoch)
@@ -234,7 +234,7 @@ def _batches(state: State, images: Images, options: Options) -> Iterator[Tensor]
 
 
 def _step(
-    state: State, loss: nn.Module, x: Tensor, steps: int, options: Options, processes: Workers, stop: bool
+    state: State, loss: nn.Module, x: Tensor, steps: int, options: VAEOptions, processes: Workers, stop: bool
 ) -> bool:
     """One step; one whose gradient is not finite changes nothing. Returns whether any process was asked to stop."""
     state.vae.train()
@@ -261,18 +261,18 @@ def _step(
     return asked > 0
 
 
-def learning_rate(options: Options, epoch: float) -> float:
+def learning_rate(options: VAEOptions, epoch: float) -> float:
     if options.schedule == "constant":
         return options.lr
     return options.lr * 0.5 * (1 + math.cos(math.pi * min(epoch / options.epochs, 1.0)))
 
 
-def kl_weight(options: Options, epoch: float) -> float:
+def kl_weight(options: VAEOptions, epoch: float) -> float:
     """β of an epoch (counted from 0): it rises linearly over ``warm_up`` epochs, as in van den Berg et al. 2018."""
     return options.beta * min((math.floor(epoch) + 1) / options.warm_up, 1.0) if options.warm_up else options.beta
 
 
-def _finish_epoch(state: State, images: Images, options: Options, processes: Workers) -> None:
+def _finish_epoch(state: State, images: Images, options: VAEOptions, processes: Workers) -> None:
     """Validate, each process its share of rows, and record the epoch."""
     valid = images.values(images.valid)
     valid_elbo, valid_iwae = bound(state.vae, valid, options.valid_draws, options.seed, processes=processes)

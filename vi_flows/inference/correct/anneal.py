@@ -23,15 +23,18 @@ from ..estimate.weights import Weights, effective_sample_size, log_mean
 from ..judge.check import CARRIED, Check, Role
 from ..judge.checks import precision, sds
 from ..judge.fitted import Fitted
-from ..judge.latent import Path, Rung
+from ..judge.latent import LatentPath, Rung
 from ..judge.necks import necks
 from ..judge.proposal import DefensiveProposal
 from ..locate.points import DENSE_DIMS
 from .draws import bridge, evidence, quantities_of, replicate_se, walk_of_necks, with_draws, with_errors
-from .smc import KEPT, MOST_RUNGS, Run, pilot, run
+from .smc import KEPT_SWEEPS, MOST_RUNGS, AnnealingRun, annealing_run, pilot
 
-ANNEALED, RUNGS = (1000, 8), 40  # particles, replicates and temperatures at most, with which a fit mends its weights
-LEAD = "use weighted draws (the default of sample): they were annealed"
+# particles and replicates, and temperatures at most, with which a fit mends its weights: over fewer runs the
+# error of log Ẑ is a guess, and more of anything takes longer than the fit; posterior.anneal() takes more
+ANNEALED, RUNGS = (1000, 8), 40
+# what to do with the draws, before all reasons: who reads one sentence reads this
+ANNEALED_LEAD = "use weighted draws (the default of sample): they were annealed"
 
 
 def resample(posterior: Fitted, n: int, seed: int | None) -> Fitted:
@@ -80,14 +83,14 @@ def anneal(
     began, flow = time.monotonic(), posterior._flow("anneal")
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
         walk = walk_of_necks(posterior)
-        path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
+        path = LatentPath(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
         bar.stage("pilot")
         schedule = pilot(path, particles, rungs, replicates, functools.partial(_afford, seconds))
         _sees_something(posterior, schedule)
         bar.stage("annealing", replicates)
         runs = []
         for _ in range(replicates):
-            runs.append(run(path, schedule, particles))
+            runs.append(annealing_run(path, schedule, particles))
             bar.advance()
             _afford(seconds, time.monotonic() - began)
         result = _result(posterior, schedule, runs)
@@ -139,7 +142,7 @@ def mended(posterior: Fitted, clock: Clock, bar: Progress) -> Fitted:
     return dataclasses.replace(annealed, notes=notes, settings=annealed.settings.corrected("anneal", how))
 
 
-def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
+def _result(posterior: Fitted, rungs: list[Rung], runs: list[AnnealingRun]) -> Fitted:
     """The posterior with the runs' draws in place of the proposal's, judged by how the runs differ."""
     bridged = any(r.settling is not None for r in runs)
     if bridged:  # what m leaves out no weight tells, and weights of m need not agree
@@ -166,11 +169,11 @@ def _result(posterior: Fitted, rungs: list[Rung], runs: list[Run]) -> Fitted:
     ]
     more = float(torch.cat([(b / a).flatten() for a, b in _errors(independent, values)]).nanmedian())
     note = (
-        f"{len(runs)} runs of {len(runs[0].x) // KEPT} particles over {len(rungs)} temperatures; standard "
+        f"{len(runs)} runs of {len(runs[0].x) // KEPT_SWEEPS} particles over {len(rungs)} temperatures; standard "
         f"errors over the runs are, in the median, {more:.1f} times those of independent draws, which summary() shows."
         + (" Scales were moved, and log evidence is a bridge from the proposal to the draws." if bridged else "")
     )
-    result = with_draws(posterior, "anneal", weights, checks, (level, se), note, LEAD)
+    result = with_draws(posterior, "anneal", weights, checks, (level, se), note, ANNEALED_LEAD)
     return dataclasses.replace(result, skipped=sum(r.skipped for r in runs))
 
 
@@ -199,7 +202,7 @@ def _agreement(posterior: Fitted, level: float, se: float) -> Check:
     return Check.of("agreement", statistic, MISSING_MASS, sentence, otherwise, Role.BESIDE)
 
 
-def _bridged(made: Run, b: float, log_w_of_p: Tensor | None) -> float:
+def _bridged(made: AnnealingRun, b: float, log_w_of_p: Tensor | None) -> float:
     """log Ẑ of a run's first weights, at temperature b, and those of later states; −∞ where it had lost all weight."""
     return bridge(made.log_w[0] / b, log_w_of_p) if made.log_w else -math.inf
 
@@ -216,7 +219,7 @@ def _settled(early: Tensor, late: Tensor) -> Check:
     return Check.of("settled", statistic, MISSING_MASS / 2, sentence, otherwise)
 
 
-def _steps(runs: list[Run]) -> list[Check]:
+def _steps(runs: list[AnnealingRun]) -> list[Check]:
     """The weights of each step, of all runs together: the heaviest tail, and the smallest ESS."""
     steps = [torch.cat(log_w) for log_w in zip(*(r.log_w for r in runs if r.log_w), strict=True)]
     worst = max(khat_upper(khat(log_w), len(log_w)) for log_w in steps)
@@ -230,7 +233,7 @@ def _steps(runs: list[Run]) -> list[Check]:
     ]
 
 
-def _recorded(rungs: list[Rung], runs: list[Run]) -> dict[str, Any]:
+def _recorded(rungs: list[Rung], runs: list[AnnealingRun]) -> dict[str, Any]:
     """What was done, as JSON can hold it; log Ẑ of a run without weight is None."""
     return {
         "temperatures": [rung.b for rung in rungs],

@@ -24,19 +24,23 @@ from ..estimate.weights import Weights, log_mean
 from ..judge.check import Check, Role
 from ..judge.checks import PROBABILITY_SE, SHIFTS, precision, sds, tails, tails_of_means, unseen_moments
 from ..judge.fitted import Fitted
-from ..judge.latent import Path
+from ..judge.latent import LatentPath
 from ..judge.necks import necks
 from ..judge.proposal import DefensiveProposal
 from . import independence, neutra
 from .draws import bridge, evidence, quantities_of, replicate_se, walk_of_necks, with_draws, with_errors
 from .smc import rescaled
 
-HAMILTONIAN = ("nuts", "hmc")
-INDEPENDENT = {"imh": None, "isir": 8}  # proposals in each step of i-SIR
-DRAWS, WARMUP = 750, 300  # of each Hamiltonian chain: eight are evaluated together, at hardly the price of one
-LEAST_STEPS = 100  # of an independence chain
-REPLICATES, TIMES = 1000, 200  # by and at which it is bounded
-LEAD = "use weighted draws (the default of sample): states of chains"
+HAMILTONIAN = ("nuts", "hmc")  # methods that need gradients; a name in neither is refused
+# methods that do not, with the proposals in each step of i-SIR: more move more often, and leave fewer steps
+INDEPENDENT = {"imh": None, "isir": 8}
+CHAIN_DRAWS, WARMUP = 750, 300  # of each Hamiltonian chain: eight are evaluated together, at hardly the price of one
+LEAST_STEPS = 100  # of an independence chain: of fewer, standard errors are guesses
+# coupled pairs by which, and times at which, the distance of a chain from p is bounded: fewer pairs leave the bound to
+# chance, fewer times find the burn-in late. Chosen, not measured
+REPLICATES, TIMES = 1000, 200
+# what to do with the draws, before all reasons: who reads one sentence reads this
+CHAINS_LEAD = "use weighted draws (the default of sample): states of chains"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +69,11 @@ def mcmc(
     threads: int | None,
 ) -> Fitted:
     """Correct a posterior by Markov chains; see :meth:`Posterior.mcmc`."""
-    _check(posterior, method, chains, draws, warmup, threads)
+    _check_chains(posterior, method, chains, draws, warmup, threads)
     began = time.monotonic()
     with seeded(seed), torch_threads(threads), torch.no_grad(), Progress(progress) as bar:
         if method in HAMILTONIAN:
-            made = _hamiltonian(posterior, method, chains, draws or DRAWS, warmup or WARMUP, bar)
+            made = _hamiltonian(posterior, method, chains, draws or CHAIN_DRAWS, warmup or WARMUP, bar)
         else:
             made = _independent(posterior, method, chains)
         result = _result(posterior, made)
@@ -79,7 +83,7 @@ def mcmc(
     return result
 
 
-def _check(
+def _check_chains(
     posterior: Fitted, method: str, chains: int, draws: int | None, warmup: int | None, threads: int | None
 ) -> None:
     one_of("method", method, (*HAMILTONIAN, *INDEPENDENT))
@@ -102,7 +106,7 @@ def _hamiltonian(posterior: Fitted, method: str, count: int, draws: int, warmup:
     """NeuTra (Hoffman et al. 2019): Hamiltonian chains in the flow's latent space, where p is nearly its base."""
     flow = posterior._flow("mcmc")
     walk = walk_of_necks(posterior)
-    path = Path(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
+    path = LatentPath(DefensiveProposal(flow, posterior.modes), posterior.target, walk)
     starts = _starts(posterior, path, count)
     potential = neutra.Potential(functools.partial(path.log_prob, b=1), starts)
     bar.stage("chains", count * (warmup + draws))
@@ -120,7 +124,7 @@ def _hamiltonian(posterior: Fitted, method: str, count: int, draws: int, warmup:
     return Chains(found.x.reshape(count, draws, -1), found.log_p.reshape(count, draws), words, how, checks, bridged)
 
 
-def _bridged(path: Path, log_w: Tensor) -> tuple[float, float]:
+def _bridged(path: LatentPath, log_w: Tensor) -> tuple[float, float]:
     """log Ẑ with its standard error from log p − log m of the chains' states (C, draws) and of as many draws of m."""
     first, _ = path.draw(log_w.numel())
     of_m = (first.log_p - first.log_m).reshape(log_w.shape)
@@ -128,7 +132,7 @@ def _bridged(path: Path, log_w: Tensor) -> tuple[float, float]:
     return log_mean(each), replicate_se(each)
 
 
-def _starts(posterior: Fitted, path: Path, chains: int) -> Tensor:
+def _starts(posterior: Fitted, path: LatentPath, chains: int) -> Tensor:
     """z (chains, dim) of weighted draws of the proposal, spread over modes; a draw of q's where the inverse fails."""
     log_w = resampling_weights(posterior.proposal.log_w)
     x = posterior.proposal.x[resample_along(log_w, posterior.proposal.x, chains)]
@@ -146,7 +150,7 @@ def _independent(posterior: Fitted, method: str, chains: int) -> Chains:
         raise ValueError(f"chains: expected at most {most} for the proposal's {len(draws.x)} draws, got {chains}")
     order = torch.randperm(len(draws.x), device=draws.x.device)[: chains * steps * size].reshape(chains, -1)
     log_w = draws.log_w[order].reshape(chains, steps, size)
-    at = independence.run(log_w, independence.metropolis if batch is None else independence.isir)
+    at = independence.independence_chains(log_w, independence.metropolis if batch is None else independence.isir)
     lag, seed = max(steps // 4, 1), int(torch.randint(2**31, ()))
     times = torch.logspace(0, math.log10(max(steps // 2, 1)), TIMES).long().unique()
     bounds = independence.total_variation_bound(draws.log_w, lag, times, REPLICATES, seed, batch)
@@ -185,7 +189,7 @@ def _result(posterior: Fitted, made: Chains) -> Fitted:
     note = _note(made, float((values.mean_se / independent.mean_se).nanmedian()))
     level, error = made.evidence or (posterior.log_evidence, posterior.log_evidence_se)
     how = {"rhat": mixing[0].statistic, "ess": LEAST_ESS / mixing[1].statistic, **made.how}
-    result = with_draws(posterior, "mcmc", Weights(x, log_p - level, log_p), checks, (level, error), note, LEAD)
+    result = with_draws(posterior, "mcmc", Weights(x, log_p - level, log_p), checks, (level, error), note, CHAINS_LEAD)
     return dataclasses.replace(result, settings=posterior.settings.corrected("mcmc", how))
 
 

@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from ...arguments import whole
 
-LATEST = 10  # times lag + latest time: by when simulated pairs of chains must have met
+# times lag + latest time, by when simulated pairs of chains must have met: others leave no bound
+LATEST = 10
 
 # (weights of the proposals (R, N), of the states (R,), uniforms (R, 2)) -> the proposal moved to (R,), −1 for none
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,7 +33,7 @@ def isir(proposed: Tensor, state: Tensor, u: Tensor) -> Tensor:
     return torch.where(u[:, 0] * (total + state) < total, chosen, -1)
 
 
-def run(log_w: Tensor, kernel: Kernel) -> Tensor:
+def independence_chains(log_w: Tensor, kernel: Kernel) -> Tensor:
     """States of chains that take their proposals in the order of log_w (C, T, N): positions (C, T) in their T·N ones.
 
     The first proposal of all is the state at time 0; a step at time t takes the N proposals of block t.

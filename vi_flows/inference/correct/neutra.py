@@ -16,8 +16,10 @@ from ...targets.recording import NotRecordedError, Program, agree
 from ..estimate.evaluate import value_and_grad
 from ..judge.latent import LENGTH
 
-RECORDING = 1e-6  # of recorded with direct values, relative to the largest entry
-EVERY = 10  # transitions, between which scales are moved, where these are: the more, the slower a neck is walked
+# of recorded with direct values, relative to the largest entry: rounding of ill-conditioned p; higher, and chains walk
+# another density
+RECORDING = 1e-6
+WALK_EVERY = 10  # transitions, between which scales are moved, where these are: the more, the slower a neck is walked
 DEPTH = 8  # of NUTS's trees: at most 2⁸ leapfrog steps in a transition, of HMC too
 
 Ask = Callable[..., tuple[Tensor, ...]]
@@ -58,7 +60,7 @@ class Potential:
 
 
 @dataclass(frozen=True, eq=False)
-class Chain:
+class LatentChain:
     """One chain's states z (draws, dim) after the warm-up, and what its kernel tells of itself."""
 
     z: Tensor
@@ -75,13 +77,14 @@ def chains(
     warmup: int,
     advance: Callable[[], None],
     between: Callable[[Tensor], Tensor] | None = None,
-) -> list[Chain]:
+) -> list[LatentChain]:
     """A chain from each row of starts (C, dim) by "nuts" or "hmc"; ``advance`` is called at each transition.
 
-    between: a move of all chains' z (C, dim) that leaves exp(−U) as it is, made after every ``EVERY``-th transition.
+    between: a move of all chains' z (C, dim) that leaves exp(−U) as it is, made after every ``WALK_EVERY``-th
+        transition.
     """
 
-    def worker(start: Tensor) -> Callable[[Ask], Chain]:
+    def worker(start: Tensor) -> Callable[[Ask], LatentChain]:
         return lambda ask: _chain(method, ask, start, draws, warmup, advance, between is not None)
 
     with pyro_settings(torch.get_default_dtype(), validate=False):
@@ -90,21 +93,21 @@ def chains(
 
 def _chain(
     method: str, ask: Ask, start: Tensor, draws: int, warmup: int, advance: Callable[[], None], between: bool
-) -> Chain:
+) -> LatentChain:
     kernel = _kernel(method, lambda values: _Evaluation.apply(values["z"], ask))
     kernel.initial_params = values = {"z": start.clone()}
     kernel.setup(warmup)
     states = []
     for k in range(warmup + draws):
         values = kernel.sample(values)
-        if between and k >= warmup and k % EVERY == 0:  # in a neck the step size would go to what it asks for
+        if between and k >= warmup and k % WALK_EVERY == 0:  # in a neck the step size would go to what it asks for
             values = {"z": ask(values["z"].detach(), 1)[0]}
             kernel.clear_cache()  # of the potential and its gradient, at where it was
         states.append(values["z"].detach().clone())
         advance()
     told = kernel.diagnostics()
     accepted = round(float(told["acceptance rate"]), 3)
-    return Chain(torch.stack(states[warmup:]), len(told["divergences"]), accepted, float(kernel.step_size))
+    return LatentChain(torch.stack(states[warmup:]), len(told["divergences"]), accepted, float(kernel.step_size))
 
 
 def _kernel(method: str, potential: Callable[[dict[str, Tensor]], Tensor]) -> Any:

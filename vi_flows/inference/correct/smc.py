@@ -14,29 +14,41 @@ from torch import Tensor
 from ..estimate.evaluate import in_blocks
 from ..estimate.quantities import resample_along
 from ..estimate.weights import effective_sample_size, log_mean
-from ..judge.latent import ACCEPTANCE, LENGTH, Particles, Path, Rung, move
+from ..judge.latent import ACCEPTANCE, LENGTH, LatentPath, Particles, Rung, move
 from ..locate.gaussian import spread_of
 
-FIRST = 10  # draws of m for each particle: they cost little, and many decide how the modes share the particles
-ESS_SHARE = 0.6  # of the particles that have weight, kept by each step of the temperature
-MOST_RUNGS = 200
-SWEEPS, KEPT = 3, 4  # HMC transitions at each temperature; at the last one, whose states are all kept
-TUNING = 10  # transitions of the pilot run at each temperature, in which the step size settles
-TOLD = 3  # temperatures, from which on the last two tell how many are to come
+PARTICLE_DRAWS = 10  # draws of m for each particle: they cost little, and many decide how the modes share the particles
+# of the particles that have weight, kept by each step of the temperature: higher takes more temperatures, lower leaves
+# few ancestors. Chosen, not measured
+ESS_SHARE = 0.6
+MOST_RUNGS = 200  # of a path: a proposal that needs more hardly reaches the target, and is refused
+# HMC transitions at each temperature, and at the last one, whose states are all kept: fewer leave copies together,
+# which errors over the runs then show. Chosen, not measured
+SWEEPS, KEPT_SWEEPS = 3, 4
+# transitions of the pilot at each temperature, in which the step size settles: fewer leave it where it began
+TUNING = 10
+# temperatures, from which on the last two tell how many are to come: sooner, a first small step would have annealing
+# left out that would be done in time
+TOLD = 3
 GROWTH = 4.0  # of b before that, at most: with less, annealing is left out that would be done in time
-SCALED, ROUNDS = 8, 16  # transitions before those that are kept, where scales are moved, and rounds of that after each:
-# with half of both, draws from a Gaussian fitted to a centred hierarchy were .03 nats short of the end of its neck
+# transitions before those that are kept, where scales are moved, and rounds of that after each: with half of both,
+# draws from a Gaussian fitted to a centred hierarchy were .03 nats short of the end of its neck
+SCALED_SWEEPS, WALK_ROUNDS = 8, 16
 
 
 def pilot(
-    path: Path, count: int, most: int = MOST_RUNGS, replicates: int = 0, afford: Callable[[float], None] | None = None
+    path: LatentPath,
+    count: int,
+    most: int = MOST_RUNGS,
+    replicates: int = 0,
+    afford: Callable[[float], None] | None = None,
 ) -> list[Rung]:
     """At most so many temperatures, each as far from the last as an ESS of ESS_SHARE allows, with their kernels.
 
     afford: called after each move with the seconds that pilot and ``replicates`` runs will take, and free to raise.
     """
     forecast = Forecast(replicates, afford or (lambda seconds: None))
-    particles, _ = path.draw(FIRST * count)
+    particles, _ = path.draw(PARTICLE_DRAWS * count)
     forecast.drew()
     rungs, b, step = [], 0.0, 0.8 * path.base.dim**-0.25
     tril = torch.eye(path.base.dim, dtype=particles.x.dtype, device=particles.x.device)
@@ -94,7 +106,7 @@ class Forecast:
     def walked(self) -> None:
         """After one walk of the scales, at the last temperature, of which each run makes several."""
         walk = time.monotonic() - self.last
-        runs = self.drawn + SWEEPS / TUNING * self.before + (SCALED + KEPT) * (self.move + walk)
+        runs = self.drawn + SWEEPS / TUNING * self.before + (SCALED_SWEEPS + KEPT_SWEEPS) * (self.move + walk)
         self.afford(time.monotonic() - self.began + self.replicates * runs)
 
 
@@ -120,15 +132,15 @@ def next_temperature(b: float, log_ratio: Tensor) -> float:
     return low
 
 
-def rescaled(path: Path, particles: Particles) -> Particles:
-    """Particles of p after ROUNDS of moves of scales; those for which the flow's inverse then fails stay."""
-    z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], path.walk(particles.x, ROUNDS))
+def rescaled(path: LatentPath, particles: Particles) -> Particles:
+    """Particles of p after WALK_ROUNDS of moves of scales; those for which the flow's inverse then fails stay."""
+    z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], path.walk(particles.x, WALK_ROUNDS))
     free = z.isfinite().all(-1).nonzero()[:, 0]
     return particles.updated(free, path.at(z[free])) if len(free) else particles
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class AnnealingRun:
     """One pass along a frozen schedule: log Ẑ, the draws of p that it ends with (M, dim), log p and log m there (M,),
     log-weights and mean acceptance probability of each step, and how many first draws were skipped.
 
@@ -145,27 +157,31 @@ class Run:
     settling: Tensor | None = None
 
 
-def run(path: Path, rungs: list[Rung], count: int) -> Run:
+def annealing_run(path: LatentPath, rungs: list[Rung], count: int) -> AnnealingRun:
     """One run of the frozen schedule: weight, resample systematically, move; draws are all states at b = 1."""
-    particles, skipped = path.draw(FIRST * count)
+    particles, skipped = path.draw(PARTICLE_DRAWS * count)
     b, log_z, weights, acceptance, states = 0.0, 0.0, [], [], []
     for rung in rungs:
         log_w = (rung.b - b) * (particles.log_p - particles.log_m)
         b = rung.b
         log_z += log_mean(log_w)
         if log_z == -math.inf:  # an estimate like any other: without it their mean would be biased
-            draws = particles.x[:count].repeat(KEPT, 1)
+            draws = particles.x[:count].repeat(KEPT_SWEEPS, 1)
             none = draws.new_full((len(draws),), -math.inf)
-            return Run(log_z, draws, none, none, (), (), skipped)
+            return AnnealingRun(log_z, draws, none, none, (), (), skipped)
         weights.append(log_w)
         particles, rates, states = particles[resample_along(log_w, particles.x, count)], [], []
         scaled = path.walk is not None and b == 1
-        for _ in range(SWEEPS if b < 1 else KEPT + SCALED * scaled):
+        for _ in range(SWEEPS if b < 1 else KEPT_SWEEPS + SCALED_SWEEPS * scaled):
             particles, rate = move(rung, path, particles)
             particles = rescaled(path, particles) if scaled else particles
             rates.append(rate)
             states.append(particles)
         acceptance.append(sum(rates) / len(rates))
-    settling = torch.cat([s.log_p - s.log_m for s in states[-2 * KEPT : -KEPT]]) if path.walk is not None else None
-    x, log_p, log_m = (torch.cat([getattr(s, name) for s in states[-KEPT:]]) for name in ("x", "log_p", "log_m"))
-    return Run(log_z, x, log_p, log_m, tuple(weights), tuple(acceptance), skipped, settling)
+    settling = (
+        torch.cat([s.log_p - s.log_m for s in states[-2 * KEPT_SWEEPS : -KEPT_SWEEPS]])
+        if path.walk is not None
+        else None
+    )
+    x, log_p, log_m = (torch.cat([getattr(s, name) for s in states[-KEPT_SWEEPS:]]) for name in ("x", "log_p", "log_m"))
+    return AnnealingRun(log_z, x, log_p, log_m, tuple(weights), tuple(acceptance), skipped, settling)

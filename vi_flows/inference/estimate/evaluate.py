@@ -10,10 +10,10 @@ from torch import Tensor
 from ...targets.target import Target
 from ...targets.values import BELIEVED
 
-BLOCK = 1000  # rows in one evaluation of a target: larger ones fall out of the processor's caches
+BLOCK_ROWS = 1000  # rows in one evaluation of a target: larger ones fall out of the processor's caches
 
 
-def in_blocks(fn, x: Tensor, block: int = BLOCK) -> Tensor:
+def in_blocks(fn, x: Tensor, block: int = BLOCK_ROWS) -> Tensor:
     """fn over the rows of x, ``block`` at a time, without a graph."""
     with torch.no_grad():
         return torch.cat([fn(rows) for rows in x.split(block)])
@@ -25,14 +25,18 @@ def log_density(target: Target, x: Tensor) -> Tensor:
     return torch.where(log_p <= BELIEVED, log_p, -math.inf)
 
 
-STEPS = (1e-2, 1e-4, 1e-6)  # in sd, over which gradients are differenced to see whether second derivatives are right
-TRIED, NEAR = 4, 0.1  # points at which that is looked at, and how far off, relatively, they may be at one of them
+# in sd, over which gradients are differenced to see whether second derivatives are right: over the largest rounding is
+# small, over the smallest all but the second derivative is, so that right ones agree with one of them
+DIFFERENCE_STEPS = (1e-2, 1e-4, 1e-6)
+# points at which that is looked at, and how far off, relatively, they may be at one of them: a missing second
+# derivative is off by about 1; lower, and rounding has exact Hessians differenced
+TRIED_POINTS, NEAR = 4, 0.1
 
 
 def value_and_grad(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
     """log p (N,) and its gradient (N, dim), in blocks; rows without values to believe give −inf and 0."""
     values, grads = [], []
-    for rows in x.detach().split(BLOCK):
+    for rows in x.detach().split(BLOCK_ROWS):
         rows = rows.clone().requires_grad_()
         with torch.enable_grad():
             value = target.log_prob(rows)
@@ -68,19 +72,22 @@ def _has_second_derivatives(target: Target, x: Tensor, scale: Tensor) -> bool:
     An operation that torch differentiates once either raises, or passes for a constant without a word.
     """
     generator = torch.Generator().manual_seed(0)
-    noise, v = (torch.randn(2, *x[:TRIED].shape, generator=generator, dtype=torch.float64)).to(x)
-    v, at = scale[:TRIED] * v, x[:TRIED] + 0.1 * scale[:TRIED] * noise  # off any kink that an optimum lies on
+    noise, v = (torch.randn(2, *x[:TRIED_POINTS].shape, generator=generator, dtype=torch.float64)).to(x)
+    v, at = (
+        scale[:TRIED_POINTS] * v,
+        x[:TRIED_POINTS] + 0.1 * scale[:TRIED_POINTS] * noise,
+    )  # off any kink that an optimum lies on
     try:
         grad, leaf = _gradient_with_graph(target, at)
         product = _gradient((grad * v).sum(), leaf)
     except RuntimeError:
         return False
-    steps = torch.tensor(STEPS).to(x)[:, None, None]
+    steps = torch.tensor(DIFFERENCE_STEPS).to(x)[:, None, None]
     _, grads = value_and_grad(target, torch.stack([at + steps * v, at - steps * v]).reshape(-1, x.shape[1]))
-    ahead, behind = grads.reshape(2, len(STEPS), *at.shape)
+    ahead, behind = grads.reshape(2, len(DIFFERENCE_STEPS), *at.shape)
     differences = (ahead - behind) / (2 * steps)
-    size = torch.linalg.vector_norm(scale[:TRIED] * differences, dim=-1)
-    off = torch.linalg.vector_norm(scale[:TRIED] * (product - differences), dim=-1)
+    size = torch.linalg.vector_norm(scale[:TRIED_POINTS] * differences, dim=-1)
+    off = torch.linalg.vector_norm(scale[:TRIED_POINTS] * (product - differences), dim=-1)
     return not bool((off > NEAR * size).all())
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHORT = 0.01  # a shape below which a tail is treated as one of this shape
-EVEN = 0.1  # spread of log w within which weights have no tail to speak of
+SHORT = 0.01  # a shape below which a tail is treated as one of this shape: nearer 0 the formula is 0/0
+# spread of log w within which weights have no tail to speak of: the shape fitted there is that of rounding and of
+# training noise, and would refuse all but perfect fits
+EVEN_SPREAD = 0.1
 
 
 def smooth(log_w: Tensor) -> tuple[Tensor, float]:
@@ -29,10 +31,10 @@ def smooth(log_w: Tensor) -> tuple[Tensor, float]:
     if count < 5:
         out[alive] = -math.log(max(count, 1))
         return out, math.inf
-    kept = log_w[alive]
-    if float(kept.max() - kept.min()) < EVEN:
+    finite = log_w[alive]
+    if float(finite.max() - finite.min()) < EVEN_SPREAD:
         return log_w - log_w.logsumexp(0), 0.0
-    smoothed, shape = _psislw(kept.detach().cpu().numpy())
+    smoothed, shape = _psislw(finite.detach().cpu().numpy())
     out[alive] = torch.as_tensor(smoothed).to(log_w)
     return out, shape
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PROBABILITIES = (0.05, 0.5, 0.95)
-COLUMNS = 25  # whose orders are held in memory at once
+PROBABILITIES = (0.05, 0.5, 0.95)  # of the quantiles that a summary shows and a claim is about
+SORTED_COLUMNS = 25  # whose orders are held in memory at once: 32 MB an array for the most draws of a verdict
 
 
 def flatten(values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
@@ -41,9 +41,9 @@ def estimate(theta: Tensor, log_w: Tensor) -> Estimates:
     """Weighted mean, sd and 5/50/95 % points of theta (S, Q) under exp(log_w) (S,).
 
     Standard errors by the delta method for self-normalised importance sampling: se² = Σ w̄² (h − E h)²; that of the
-    sd is on the log scale, that of a quantile is of the probability below it. COLUMNS quantities at a time.
+    sd is on the log scale, that of a quantile is of the probability below it. SORTED_COLUMNS quantities at a time.
     """
-    parts = [_estimate(columns, log_w) for columns in theta.split(COLUMNS, -1)]
+    parts = [_estimate(columns, log_w) for columns in theta.split(SORTED_COLUMNS, -1)]
     return Estimates(*(torch.cat([getattr(p, name) for p in parts], -1) for name in Estimates.__dataclass_fields__))
 
 

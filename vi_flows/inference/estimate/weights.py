@@ -11,7 +11,7 @@ from torch import Tensor
 from ...flows.distribution import Flow
 from ...running import seconds_of
 from ...targets.target import Target
-from .evaluate import BLOCK, in_blocks
+from .evaluate import BLOCK_ROWS, in_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,5 +72,5 @@ def mean_elbo(log_w: Tensor) -> float:
 
 def draw_seconds(flow: Flow, target: Target) -> float:
     """Seconds to draw from a flow and evaluate the target there, a draw."""
-    noise = flow.base.noise((BLOCK,))
-    return seconds_of(lambda: in_blocks(lambda rows: log_weights(flow, target, rows).log_w, noise)) / BLOCK
+    noise = flow.base.noise((BLOCK_ROWS,))
+    return seconds_of(lambda: in_blocks(lambda rows: log_weights(flow, target, rows).log_w, noise)) / BLOCK_ROWS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-UNRELIABLE = "do not rely on these draws"
+UNRELIABLE = "do not rely on these draws"  # what every refusal begins with: without it reasons read as remarks
 
 
 class Role(str, Enum):
@@ -21,8 +21,10 @@ class Role(str, Enum):
     BESIDE = "beside"  # as DRAWS; passed, a claim with a caveat says it
 
 
-CARRIED = (Role.TARGET, Role.CONDITION)  # checks of a fit that hold for its corrections
-SPARED = (Role.FLOW, Role.CAVEAT)  # what does not keep weighted draws from a claim
+CARRIED = (Role.TARGET, Role.CONDITION)  # checks of a fit that hold for its corrections: no other draws mend them
+# what does not keep weighted draws from a claim, which says so
+SPARED = (Role.FLOW, Role.CAVEAT)
+# what a claim with a caveat says though it passed: without it claims look absolute
 SAID = (Role.CONDITION, Role.BESIDE)
 
 

@@ -28,16 +28,22 @@ from ..bounds import (
 )
 from ..estimate.evaluate import in_blocks
 from ..estimate.psis import hidden, khat, khat_upper
-from ..estimate.quantities import COLUMNS, PROBABILITIES, Estimates, carrying, estimate, flatten, vary
+from ..estimate.quantities import PROBABILITIES, SORTED_COLUMNS, Estimates, carrying, estimate, flatten, vary
 from ..estimate.weights import Weights, log_mean, log_mean_se, mean_elbo
 from .check import Check, Role
 
-PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)  # at the 5, 50, 95 % points
-SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ
-OWN = 20_000  # draws of q that are compared with the weighted ones, unweighted
-TAILED = 50  # quantities whose own tails are fitted: those with the largest single contributions
-NAMED = 4  # quantities in one sentence
-UPPER, TWO = 1.28, 2.0  # standard errors: of k̂, and of what q is compared by, at the first attempt
+# of probabilities at the 5, 50 and 95 % points: see bounds.py
+PROBABILITY_SE = torch.tensor([[ENDS_SE], [MEDIAN_SE], [ENDS_SE]], dtype=torch.float64)
+SHIFTS = (ENDS_SHIFT, MEDIAN_SHIFT, ENDS_SHIFT)  # by which probabilities there may differ: see bounds.py
+# of q, compared unweighted with the weighted ones: probabilities are then certain to about a tenth of SHIFTS
+OWN_DRAWS = 20_000
+# quantities whose own tails are fitted, those with the largest single contributions: two Pareto fits each. Chosen, not
+# measured: with fewer the heavy tail of a further one is not seen
+TAILED = 50
+NAMED_QUANTITIES = 4  # in one sentence, the others are counted: for reading only
+# standard errors at the first attempt: of k̂, to its upper 90 % limit, and of what q is compared by, to 97.7 %; higher,
+# and right fits are refused more often; lower, and chance claims
+UPPER, TWO = 1.28, 2.0
 
 
 def stricter(multiple: float, attempt: int) -> float:
@@ -50,11 +56,11 @@ def stricter(multiple: float, attempt: int) -> float:
     return -NormalDist().inv_cdf(error / 2 ** (attempt - 1))
 
 
-def of_weights(
-    target: Target, pooled: Weights, own: Weights, attempt: int = 1, growth: float = 1.0
+def weight_checks(
+    target: Target, pooled: Weights, flow_weights: Weights, attempt: int = 1, growth: float = 1.0
 ) -> tuple[list[Check], bool]:
-    """All that follows from weighted draws of m (pooled) and of q (own), and whether ``growth`` times as many of them
-    might mend what fails. Where they cannot, the tails of single quantities, which cost most, are not looked at."""
+    """All that follows from weighted draws of m (pooled) and of q (flow_weights), and whether ``growth`` times as many
+    of them might mend what fails. Where they cannot, the tails of single quantities, which cost most, are left out."""
     log_w = pooled.log_w - pooled.log_w.logsumexp(0)
     alive = carrying(log_w)  # elsewhere the model may fail or overflow, and its quantities be NaN or infinite
     names, theta = flatten(target.constrain(pooled.x[alive] if len(alive) < len(log_w) else pooled.x))
@@ -66,18 +72,18 @@ def of_weights(
         names, theta = [names[i] for i in columns.tolist()], theta[:, columns]
     values = estimate(theta, log_w[alive])
     upper, two = stricter(UPPER, attempt), stricter(TWO, attempt)
-    found, unseen = [tails(log_w, upper), precision(names, values)], torch.zeros(2, len(names)).to(theta)
-    mendable = _mendable(log_w, found[1], growth)
+    checks, unseen = [tails(log_w, upper), precision(names, values)], torch.zeros(2, len(names)).to(theta)
+    mendable = _mendable(log_w, checks[1], growth)
     if mendable or growth <= 1:
         unseen = unseen_moments(theta, values, log_w[alive], len(log_w), upper)
-        found.insert(1, tails_of_means(names, unseen))
-    mine = flatten(target.constrain(own.x[:OWN]))[1][:, columns]
+        checks.insert(1, tails_of_means(names, unseen))
+    unweighted = flatten(target.constrain(flow_weights.x[:OWN_DRAWS]))[1][:, columns]
     return [
-        *found,
+        *checks,
         sds(names, values, unseen),
-        mass(pooled.log_w, own.log_w, two),
-        divergence(pooled.log_w, own.log_w, two),
-        own_draws(names, mine, values),
+        mass(pooled.log_w, flow_weights.log_w, two),
+        divergence(pooled.log_w, flow_weights.log_w, two),
+        own_draws(names, unweighted, values),
     ], mendable
 
 
@@ -115,7 +121,7 @@ def unseen_moments(theta: Tensor, values: Estimates, log_w: Tensor, draws: int, 
         contribution = log_w[:, None] + 2 * log_h(columns)
         return contribution.amax(0) - contribution.logsumexp(0)
 
-    parts = [slice(i, i + COLUMNS) for i in range(0, theta.shape[1], COLUMNS)]
+    parts = [slice(i, i + SORTED_COLUMNS) for i in range(0, theta.shape[1], SORTED_COLUMNS)]
     lead = torch.cat([leads(part) for part in parts]).argsort(descending=True)[:TAILED].tolist()
     unseen = torch.zeros(2, theta.shape[1], dtype=theta.dtype)
     for i in lead:
@@ -138,8 +144,8 @@ def tails_of_means(names: list[str], unseen: Tensor) -> Check:
 
 def precision(names: list[str], values: Estimates) -> Check:
     """The largest standard error, of means and of probabilities, as a multiple of what is asked for."""
-    asked = PROBABILITY_SE.to(values.probability_se)
-    kinds = {"the mean": values.mean_se / values.sd / MEAN_SE, "a quantile": (values.probability_se / asked).amax(0)}
+    allowed = PROBABILITY_SE.to(values.probability_se)
+    kinds = {"the mean": values.mean_se / values.sd / MEAN_SE, "a quantile": (values.probability_se / allowed).amax(0)}
     kind, ratio = max(kinds.items(), key=lambda item: _worst(item[1], names)[0])
     worst, name = _worst(ratio, names)
     sentence = f"the least precise estimate, {kind} of {name}, has {worst:.2f} times the standard error asked for"
@@ -166,7 +172,9 @@ def _endless(unseen: Tensor) -> Tensor:
 def _listed(names: list[str], which: Tensor) -> str:
     """The first few of the names that a mask (Q,) picks, and how many more."""
     many = [names[i] for i in which.nonzero()[:, 0].tolist()]
-    return ", ".join(many[:NAMED]) + (f" and {len(many) - NAMED} more" if len(many) > NAMED else "")
+    return ", ".join(many[:NAMED_QUANTITIES]) + (
+        f" and {len(many) - NAMED_QUANTITIES} more" if len(many) > NAMED_QUANTITIES else ""
+    )
 
 
 def rounding(target: Target, pooled: Weights) -> Check:

@@ -13,16 +13,26 @@ from ...targets import Target
 from ..estimate.evaluate import hessians, value_and_grad
 
 SCALES = 12  # that are moved, of the sites with the fewest entries first: the more, the fewer rounds
-STEP, AWAY = 0.05, 6  # in sd, of a scale, over which curvature is differenced; steps to where it is once more
-FALLS = 0.3  # by how much, in the logarithm, curvature must change over an sd of a scale to be its child's
-FLAT = 1e-3  # of the largest eigenvalue, from where a direction of the children hangs on the scale
-EVERY = 150  # dimensions up to which every coordinate is looked at as a scale: each takes eight Hessians
-CANDIDATES = 4  # that are looked at beyond
-MOST_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at: 600 dimensions; beyond, none is
+# sd of a scale over which curvature is differenced, and steps to where it is once more. Chosen, not measured: smaller,
+# and rounding counts; larger, and b is an average over what is not exponential
+SCALE_STEP, AWAY = 0.05, 6
+# by how much, in the logarithm, curvature must change over an sd of a scale to be its child's. Chosen, not measured:
+# higher, and children stay behind, so that moves are refused; lower, and chance makes children
+FALLS = 0.3
+# of the largest eigenvalue, from where a direction of the children hangs on the scale. Chosen, not measured: lower, and
+# rounding adds to the rank, by which moves are accepted; higher, and weakly held children stay behind
+FLAT = 1e-3
+ALL_SCALES_DIMS = 150  # dimensions up to which every coordinate is looked at as a scale: each takes eight Hessians
+CANDIDATE_SCALES = 4  # that are looked at beyond, by eight Hessians each: a fifth scale is then not moved
+HESSIAN_NUMBERS = 150**3  # of Hessians, eight for each coordinate that is looked at: 600 dimensions; beyond, none is
 INDEFINITE = 0.05  # of the largest: more, of the other sign, is no normal's curvature, and does not grow as a scale's
-SAMPLED, GROWS = 0.01, 0.5  # as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them
+# as FLAT, and the least growth of curvature, in the logarithm, where 500 draws tell them: lower, and chance makes
+# children
+SAMPLED, GROWS = 0.01, 0.5
 EXPLAINS = 0.7  # the correlation from where such curvature makes a scale of a coordinate: less is by chance
-ENDS = 20  # the share, 1 in so many, of draws at an end and in the middle of a scale that tell
+# the share, 1 in so many, of draws at an end and in the middle of a scale that tell: its 5 % ends, as the check asks of
+# these; of fewer, scores are too noisy
+END_ONE_IN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,39 +70,43 @@ def funnels(target: Target, x: Tensor, among: Sequence[int]) -> list[Funnel]:
     the directions that it scales, their centre and b, whatever else p has in it.
     """
     dim = x.shape[1]
-    if dim < 2 or min(len(among), EVERY if dim <= EVERY else CANDIDATES) * dim**2 > MOST_NUMBERS:
+    if (
+        dim < 2
+        or min(len(among), ALL_SCALES_DIMS if dim <= ALL_SCALES_DIMS else CANDIDATE_SCALES) * dim**2 > HESSIAN_NUMBERS
+    ):
         return []
     sd = x.std(0)
-    if dim > EVERY:
+    if dim > ALL_SCALES_DIMS:
         among = [v for v in _candidates(target, x, sd).tolist() if v in set(among)]
     if not among:
         return []
     order, rank = x[:, list(among)].argsort(0), len(x) // 20
     ends = x[order[[rank, len(x) - 1 - rank]].mT]  # (len(among), 2, dim)
-    along = torch.diag(STEP * sd)[list(among), None]
+    along = torch.diag(SCALE_STEP * sd)[list(among), None]
     points = torch.stack([ends + k * along for k in (-1, 1, AWAY - 1, AWAY + 1)])
     flat = points.reshape(-1, dim)
     curvature = -(hessians(target, flat, sd.expand_as(flat)) * sd[:, None] * sd).reshape(*points.shape, dim)
     gradient = (value_and_grad(target, flat)[1] * sd).reshape(points.shape)
-    found = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
-    found = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(found, among, strict=True)]
-    kept: list[Funnel] = []
-    for funnel in sorted((f for f in found if f is not None), key=lambda f: -f.rank):
-        if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in kept):  # a child moves its scale, too
-            kept.append(funnel)
-    return kept[:SCALES]
+    candidates = [_funnel(v, ends[k] / sd, curvature[:, k], gradient[:, k], sd) for k, v in enumerate(among)]
+    candidates = [f or _sampled_funnel(target, v, x / sd, sd) for f, v in zip(candidates, among, strict=True)]
+    chosen: list[Funnel] = []
+    for funnel in sorted((f for f in candidates if f is not None), key=lambda f: -f.rank):
+        # a child moves its scale, too
+        if not any(funnel.scales(other.v) and other.scales(funnel.v) for other in chosen):
+            chosen.append(funnel)
+    return chosen[:SCALES]
 
 
 def _candidates(target: Target, x: Tensor, sd: Tensor) -> Tensor:
-    """Coordinates, at most CANDIDATES, that scale the most others: by how a product of the Hessian with one random
-    vector, entry by entry, changes over a move of each by an sd, at the draw nearest the middle."""
+    """Coordinates, at most CANDIDATE_SCALES, that scale the most others: by how a product of the Hessian with one
+    random vector, entry by entry, changes over a move of each by an sd, at the draw nearest the middle."""
     at = x[((x - x.median(0).values) / sd).square().sum(-1).argmin()]
     r = (2 * torch.randint(2, sd.shape, device=x.device) - 1) * sd
     points = torch.stack([at - torch.diag(sd) / 2, at + torch.diag(sd) / 2])
-    sides = [value_and_grad(target, (points + k * STEP * r).reshape(-1, len(sd)))[1] for k in (-1, 1)]
+    sides = [value_and_grad(target, (points + k * SCALE_STEP * r).reshape(-1, len(sd)))[1] for k in (-1, 1)]
     before, after = ((sides[1] - sides[0]).abs().clamp_min(1e-300).log()).reshape(points.shape)
     moved = ((after - before).abs() > FALLS).fill_diagonal_(False).sum(-1)
-    best = moved.argsort(descending=True)[:CANDIDATES]
+    best = moved.argsort(descending=True)[:CANDIDATE_SCALES]
     return best[moved[best] > 1]
 
 
@@ -103,15 +117,15 @@ def _funnel(v: int, ends: Tensor, curvature: Tensor, gradient: Tensor, sd: Tenso
     ends: (2, dim). curvature: (4, 2, dim, dim) and gradient: (4, 2, dim) of log p, each at one and the other side of
     the ends, and of points ``AWAY`` steps on.
     """
-    found = [_funnel_at(v, ends[k], curvature[:, k], gradient[:, k], sd) for k in range(len(ends))]
-    return max((f for f in found if f is not None), key=lambda f: f.rank, default=None)
+    by_end = [_funnel_at(v, ends[k], curvature[:, k], gradient[:, k], sd) for k in range(len(ends))]
+    return max((f for f in by_end if f is not None), key=lambda f: f.rank, default=None)
 
 
 def _funnel_at(v: int, end: Tensor, curvature: Tensor, gradient: Tensor, sd: Tensor) -> Funnel | None:
     """The same by one end (dim,), with curvature (4, dim, dim) and gradient (4, dim) there."""
     change, later = curvature[1] - curvature[0], curvature[3] - curvature[2]
     size = (curvature[1] + curvature[0]).diagonal().abs() / 2
-    share = change.diagonal().abs() / (2 * STEP * size.clamp_min(1e-300))
+    share = change.diagonal().abs() / (2 * SCALE_STEP * size.clamp_min(1e-300))
     share[v] = 0.0
     children = (share > FALLS).nonzero()[:, 0]
     if not len(children) or not bool(curvature.isfinite().all() and gradient.isfinite().all()):
@@ -123,15 +137,15 @@ def _funnel_at(v: int, end: Tensor, curvature: Tensor, gradient: Tensor, sd: Ten
     eigenvalues, vectors = torch.linalg.eigh(block * block.diagonal().sum().sign())
     if float(eigenvalues[0]) < -INDEFINITE * float(eigenvalues[-1]):
         return None
-    kept = eigenvalues > FLAT * eigenvalues[-1]
-    scaled = vectors[:, kept]
-    pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[kept]
+    spread = eigenvalues > FLAT * eigenvalues[-1]
+    scaled = vectors[:, spread]
+    pull = (scaled.mT @ (gradient[1] - gradient[0])[children]) / eigenvalues[spread]
     centre = end.clone()
     centre[children] += block.diagonal().sum().sign() * (scaled @ pull)
     projector = torch.zeros_like(curvature[0])
     projector[children[:, None], children] = scaled @ scaled.mT
-    slope = -math.log(ratio) / (2 * AWAY * STEP)
-    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(kept.sum()))
+    slope = -math.log(ratio) / (2 * AWAY * SCALE_STEP)
+    return Funnel(v, slope / float(sd[v]), centre * sd, projector * sd[:, None] / sd, int(spread.sum()))
 
 
 def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | None:
@@ -142,7 +156,7 @@ def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | N
     end, gives the directions. A law f(A(x − c) e^{−b x_v}) e^{−b k x_v} has ∂_v log f = −b ((x − c)·s + k): regression
     gives b.
     """
-    order, n = x[:, v].argsort(), len(x) // ENDS
+    order, n = x[:, v].argsort(), len(x) // END_ONE_IN
     rows = torch.stack([order[n : 2 * n], order[len(x) // 2 :][:n], order.flip(0)[n : 2 * n]])  # without the outermost:
     # their scores are of another size, and beside them the centre is off
     score = (value_and_grad(target, (x[rows] * sd).reshape(-1, x.shape[1]))[1] * sd).reshape(*rows.shape, -1)
@@ -155,10 +169,10 @@ def _sampled_funnel(target: Target, v: int, x: Tensor, sd: Tensor) -> Funnel | N
         return None
     eigenvalues, vectors = torch.linalg.eigh((curved[end] - curved[1])[children][:, children])
     scaled = vectors[:, eigenvalues > SAMPLED * eigenvalues[-1]]
-    at, own = x[rows[end]], score[end]
+    at, end_score = x[rows[end]], score[end]
     centre = at.median(0).values
-    pull = (((at - centre)[:, children] @ scaled) * (own[:, children] @ scaled)).sum(-1)
-    both = torch.stack([own[:, v], pull])
+    pull = (((at - centre)[:, children] @ scaled) * (end_score[:, children] @ scaled)).sum(-1)
+    both = torch.stack([end_score[:, v], pull])
     slope, correlation = -float(torch.cov(both)[0, 1] / pull.var()), float(torch.corrcoef(both)[0, 1])
     if not (0 < abs(slope) < math.inf and abs(correlation) > EXPLAINS):
         return None

@@ -17,8 +17,12 @@ from ..estimate.quantities import resample
 from .necks import Walk
 from .proposal import DefensiveProposal
 
+# mean acceptance to which steps are tuned, as is usual in HMC (Hoffman & Gelman 2014): lower, and moves are refused
+# where p is curved; higher, and they cost gradients
 ACCEPTANCE = 0.8
-LENGTH, MOST_LEAPS = 1.8, 12  # of a trajectory, in standard deviations; leapfrog steps in it
+# of a trajectory, in sd: a little more than a quarter of a normal's period, where a move forgets its start; and
+# leapfrog steps at most, so that a step size that is too small costs reach rather than time
+LENGTH, MOST_LEAPS = 1.8, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class Particles:
         return Particles(*(a.index_copy(0, index, getattr(others, name)) for name, a in vars(self).items()))
 
 
-class Path:
+class LatentPath:
     """γ_b = m^(1−b) p^b on R^D, seen in the flow's latent space: γ_b(f(z)) |det df/dz|.
 
     There the flow has straightened p, and log p, log m and their gradients need the flow in its forward direction only:
@@ -63,8 +67,8 @@ class Path:
             x, logdet = self.bijection.forward_and_logdet(rows)
             return torch.cat([x, torch.stack([self._log_m(rows, x, logdet), self.target.log_prob(x)], -1)], -1)
 
-        found = in_blocks(columns, z)
-        return Particles(z, found[:, :-2], found[:, -2], found[:, -1])
+        values = in_blocks(columns, z)
+        return Particles(z, values[:, :-2], values[:, -2], values[:, -1])
 
     def draw(self, count: int) -> tuple[Particles, int]:
         """Particles from m, of each component as many as it should have on average, and how many had log p NaN or +inf.
@@ -133,7 +137,7 @@ class Rung:
         return torch.where(accepted[:, None], z, start), float(change.clamp_max(0.0).exp().mean())
 
 
-def move(rung: Rung, path: Path, particles: Particles) -> tuple[Particles, float]:
+def move(rung: Rung, path: LatentPath, particles: Particles) -> tuple[Particles, float]:
     """One transition of all particles but those without z, which stay, and the mean acceptance probability."""
     free = particles.z.isfinite().all(-1).nonzero()[:, 0]
     if not len(free):

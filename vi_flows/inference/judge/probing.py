@@ -18,17 +18,24 @@ from ..estimate.psis import resampling_weights
 from ..estimate.quantities import flatten, resample, vary
 from ..estimate.weights import Weights, log_mean
 from ..locate.gaussian import Gaussians, Kind, Origin, spread_of
+from ..locate.mixture import MODE_DF
 from .check import Check, Role
-from .latent import ACCEPTANCE, LENGTH, Path, Rung
-from .proposal import MODE_DF, DefensiveProposal
+from .latent import ACCEPTANCE, LENGTH, LatentPath, Rung
+from .proposal import DefensiveProposal
 from .propriety import combination, far_shares
 
-MOVED, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6  # draws; how often each is moved; of a leapfrog step
-LINES = 200  # in all, and at least 4 draws to a direction
-COORDINATES, AXES = 50, 10  # along which they go, drawn by chance among more; axes of a mode, the widest
-EACH = 256  # draws around a suspect, to tell its mass
-SHOWN = 4  # numbers in one sentence
-SYMMETRIC = 0.01  # in sd and in nats, within which two modes are each other's images
+# draws, whose mean is certain to .022 sd, a fifth of MOVE; how often each is moved: more goes further, at as many more
+# gradients; the first leapfrog step, in sd, which acceptance then tunes. The last two are chosen, not measured
+MOVED_DRAWS, TRANSITIONS, FIRST_STEP = 2000, 4, 0.6
+LINES = 200  # in all, and at least 4 draws to a direction: with fewer, FAR_SHARE is decided by single draws
+# along which lines go, drawn by chance among more, and the widest axes of a mode: what is improper along others only is
+# not seen. Chosen for their time
+COORDINATES, AXES = 50, 10
+EACH = 256  # draws around a suspect, to tell its mass to about 1/16; with fewer, chance decides near BASIN
+SHOWN_NUMBERS = 4  # in one sentence: for reading only
+# in sd and in nats, within which two modes are each other's images. Chosen, not measured: larger, and a note is given
+# of modes that are only alike; smaller, and optima that ended a little off hide a symmetry. No claim hangs on it
+SYMMETRIC = 0.01
 
 
 def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) -> Check:
@@ -37,17 +44,17 @@ def local_moves(proposal: DefensiveProposal, target: Target, pooled: Weights) ->
     Draws of p keep their law under moves that leave p as it is; so where the mean of h or of |h| shifts,
     h = (θ − mean)/sd of any quantity, draws of m have missed mass nearby. Moves that leave h with an autocorrelation ρ
     mend 1 − ρ of an error: |shift|/(1 − ρ) is below MOVE, or |shift| below its noise, z se of paired differences, z for
-    an error of MOVE_ERROR in all 2Q of them together (Bonferroni). About MOVED · TRANSITIONS · 4 gradients.
+    an error of MOVE_ERROR in all 2Q of them together (Bonferroni). About MOVED_DRAWS · TRANSITIONS · 4 gradients.
     """
-    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
-    path = Path(proposal, target)
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED_DRAWS)]
+    path = LatentPath(proposal, target)
     z = in_blocks(lambda rows: path.bijection.inverse_and_logdet(rows)[0], x)
     free = z.isfinite().all(-1)
     x, z = x[free], z[free]
-    found = spread_of(z)
-    if not len(found):
+    gaussian = spread_of(z)
+    if not len(gaussian):
         return Check("local moves", math.inf, 1.0, False, "draws have no covariance in the flow's latent space")
-    rung = Rung(1.0, found.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))
+    rung = Rung(1.0, gaussian.scale_tril[0], FIRST_STEP, functools.partial(path.log_prob, b=1.0))
     for k in range(TRANSITIONS):
         z, rate = rung.move(z)
         rung.step = min(rung.step * math.exp((rate - ACCEPTANCE) * 2 / (1 + k / 3)), LENGTH)
@@ -70,8 +77,8 @@ def _shifts(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     before, after = (torch.cat([h, h.abs()], -1) for h in (before, after))
     shift, se = (after - before).mean(0), (after - before).std(0) / math.sqrt(len(before))
     offset = before - before.mean(0)
-    kept = (offset * (after - after.mean(0))).sum(0) / offset.square().sum(0)
-    error = shift / (1 - kept).clamp(1e-3, 1.0)
+    correlation = (offset * (after - after.mean(0))).sum(0) / offset.square().sum(0)
+    error = shift / (1 - correlation).clamp(1e-3, 1.0)
     z = NormalDist().inv_cdf(1 - MOVE_ERROR / (2 * before.shape[1]))
     noise = torch.where(shift == 0, 0.0, shift.abs() / (z * se))
     return torch.minimum(noise, error.abs() / MOVE).nan_to_num(nan=math.inf, posinf=math.inf), -error
@@ -87,12 +94,12 @@ def unseen_basins(proposal: DefensiveProposal, target: Target, pooled: Weights, 
     x, n = probes.loc, probes.origin.count(Origin(Kind.FRESH))
     above = log_density(target, x) - proposal.log_prob(x) - float(pooled.log_w.max()) - MARGIN
     suspects = probes.pick((above > 0).nonzero()[:, 0].tolist())
-    found = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
+    missed = _mass_besides(proposal, target, suspects, log_mean(pooled.log_w)) if len(suspects) else 0.0
     limit = 1 - 0.05 ** (1 / max(n, 1))
     said = f"{n} fresh starts found nothing else: missed basins hold less than {limit:.1%} of starts (95 %)"
-    where = show(suspects.loc[-1], SHOWN)[1:-1] if len(suspects) else ""
+    where = show(suspects.loc[-1], SHOWN_NUMBERS)[1:-1] if len(suspects) else ""
     otherwise = f"of {n} fresh starts some led to mass that no draw has seen, as near x = ({where})"
-    return Check.of("unseen basins", found, BASIN, said, otherwise, Role.CONDITION)
+    return Check.of("unseen basins", missed, BASIN, said, otherwise, Role.CONDITION)
 
 
 def _mass_besides(proposal: DefensiveProposal, target: Target, suspects: Gaussians, level: float) -> float:
@@ -122,7 +129,7 @@ def proper(target: Target, pooled: Weights, modes: Gaussians | None = None) -> C
     leave open to many digits. By Markov's inequality a proper density that has a share s of its mass that far out along
     a direction fails by it with a probability of at most s/FAR_SHARE.
     """
-    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED)]
+    x = pooled.x[resample(resampling_weights(pooled.log_w), MOVED_DRAWS)]
     axes = torch.randperm(target.dim)[:COORDINATES]
     reach = (pooled.x - x.mean(0)).abs().amax(0)
     steps, names = torch.diag(reach)[axes], target.coordinate_names()

@@ -11,11 +11,22 @@ from ...flows.bases import Mixture
 from ...flows.distribution import Flow
 from ..estimate.evaluate import in_blocks
 from ..locate.gaussian import Gaussians, Kind, from_covariance
+from ..locate.mixture import MODE_DF
 
-SHARES = (0.8, 0.1, 0.1)  # of the flow, of the flow over a t base, of the t components
-TAIL_DF, MODE_DF = 4.0, 5.0
-ADAPT, MOST = 0.15, 0.8  # of p's mass: from where the components' shares are adapted, and their largest total share
-MODE_SCALE = 1.5  # of a component's scale matrix over the inverse curvature
+# of the flow, of the flow over a t base, of the t components: weights are at most 1.25 times those against q. A larger
+# first share lets tails and missed modes decide by few draws, a smaller one wastes draws where q is right
+SHARES = (0.8, 0.1, 0.1)
+# of the tails of q_t. Chosen, not measured: higher, and a p with heavier tails than q has unbounded weights; lower, and
+# draws go where p has next to no mass
+HEAVY_DF = 4.0
+# of p's mass: from where the components' shares are adapted (they are given .1, so that below it q has its modes), and
+# their largest total share, with which weights are at most 5.7 times those against q. Chosen, not measured
+ADAPT, MOST_MODE_SHARE = 0.15, 0.8
+EVEN_SHARE = 0.2  # of the components' mass, dealt out evenly: a mode that few draws have seen is not starved by chance
+MOMENT_DRAWS = 1000  # of q, whose moments stand for modes where none are known: they need be rough only
+# of a component's scale matrix over the inverse curvature: p is often wider than its curvature at the top tells.
+# Chosen, not measured: larger wastes draws, smaller leaves p's flanks to q alone
+MODE_SCALE = 1.5
 
 
 class DefensiveProposal:
@@ -35,7 +46,7 @@ class DefensiveProposal:
         weights: Tensor | None = None,
     ):
         self.flow, self.shares = flow, shares
-        self.heavy = flow.base.heavy(TAIL_DF)
+        self.heavy = flow.base.heavy(HEAVY_DF)
         self.modes = modes if modes is not None and len(modes) else self._moments()
         tril = MODE_SCALE**0.5 * self.modes.scale_tril
         self.components = Mixture(self.modes.loc, tril, weights, MODE_DF, fixed=True)
@@ -43,12 +54,12 @@ class DefensiveProposal:
 
     def _moments(self) -> Gaussians:
         with torch.no_grad():
-            x = self.flow().rsample_and_log_prob((1000,))[0]
+            x = self.flow().rsample_and_log_prob((MOMENT_DRAWS,))[0]
         covariance = torch.atleast_2d(torch.cov(x.mT))
-        found, _ = from_covariance(x.mean(0)[None], covariance[None], Kind.FLOW)
-        if not len(found):
+        gaussian, _ = from_covariance(x.mean(0)[None], covariance[None], Kind.FLOW)
+        if not len(gaussian):
             raise ValueError("flow: expected finite draws with a covariance, got none; lower lr=, or check the target")
-        return found
+        return gaussian
 
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """Stratified draws x (count, dim), log m and log q at them, and how many of them, the first, are draws of q.
@@ -70,8 +81,8 @@ class DefensiveProposal:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log m at x (N, dim), as (N,)."""
-        found = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), x)
-        return self._log_probs(x, found[:, :-1], found[:, -1])[1]
+        inverse = in_blocks(lambda rows: torch.cat(_column(self.flow().bijection.inverse_and_logdet(rows)), -1), x)
+        return self._log_probs(x, inverse[:, :-1], inverse[:, -1])[1]
 
     def _log_probs(self, x: Tensor, z: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
         """log q and log m at x = f(z), with log|det dz/dx|."""
@@ -94,9 +105,9 @@ class DefensiveProposal:
         total = float(mass.sum())
         if not total > ADAPT:
             return None
-        share = min(total, MOST)
+        share = min(total, MOST_MODE_SHARE)
         rest = [(1 - share) * s / (SHARES[0] + SHARES[1]) for s in SHARES[:2]]
-        weights = 0.8 * mass / total + 0.2 / len(mass)
+        weights = (1 - EVEN_SHARE) * mass / total + EVEN_SHARE / len(mass)
         return DefensiveProposal(self.flow, self.modes, (*rest, share), weights)
 
 

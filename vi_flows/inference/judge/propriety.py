@@ -13,25 +13,36 @@ from ..estimate.evaluate import in_blocks, value_and_grad
 from ..estimate.weights import Weights
 from ..locate.gaussian import Gaussians
 
-DISTANCES = tuple(10.0**k for k in range(1, 13))
+DISTANCES = tuple(10.0**k for k in range(1, 13))  # further out, what is added to a coordinate of size 1 is rounded
 OFFSET = 0.3  # of the rays' origin: through a point of no symmetry, where a hierarchy's effects are not all equal
 SLOPE = -1.0  # of log p in the logarithm of the distance: 1/distance has no finite integral
-RISING = 1e-6  # from which slope on log p rises, by more than rounding does
+# below SLOPE, up to which a slope between two distances may be that of 1/distance times what varies slowly; a sentence
+# hangs on it, no claim. Chosen, not measured
+SLACK = 0.02
+RISING = 1e-6  # from which slope on log p rises, by more than rounding does: only the words of a sentence hang on it
 WITHIN = 200.0  # nats of the highest log p seen: a plateau below is where arithmetic was kept from overflowing
-NAMED = 3
+NAMED_RAYS = 3  # in one sentence: for reading only
 COMBINED = 10.0 ** torch.arange(1, 7, dtype=torch.float64)  # reaches of the draws, along combinations of coordinates:
 # these are exact to some ten digits, so that further out they leave a valley that they run along
 FURTHEST = 4  # draws, of each kind, to which directions are looked along: of an improper target any of them does
-PRINCIPAL = 3  # widest directions of the draws, in their own units and in standard deviations
-HIGH = 20.0  # nats below the highest log p, from where a draw is far out because the proposal is, not the target
-NULL = 1e-7  # of the largest singular value of scores, below which log p does not change along a direction at all
-MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions
+# widest directions of the draws, in their own units and in standard deviations. Chosen for its time: with fewer, an
+# improper combination may go unnamed
+PRINCIPAL = 3
+# nats below the highest log p, from where a draw is far out because the proposal is, not the target: of 1,000
+# dimensions more are usual, and directions to such draws name nothing. Chosen, not measured
+HIGH = 20.0
+# of the largest singular value of scores, below which log p does not change along a direction at all: well above what
+# rounding leaves in float64; lower, and symmetries go unnamed
+NULL = 1e-7
+MIDDLE = 4000  # draws, about, that tell the width of their middle and their widest directions: to a few percent
 MOST_DIMS = 1000  # up to which singular vectors are looked along: they take seconds there
-COEFFICIENTS = 4  # of a combination that a sentence shows
-LEAST, SINGLE = 0.05, 0.99  # of the largest, that it shows; from where on the largest is named alone
-PER_DECADE = 4
-LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)  # distances on a line, in reaches of the draws
-FAR = 10 ** (1 - 0.5 / PER_DECADE)  # from where they are far out: half-way between two of them
+COEFFICIENTS = 4  # of a combination that a sentence shows: for reading only
+# of the largest coefficient, that a sentence shows; from where on the largest is named alone: for reading only
+LEAST_COEFFICIENT, SINGLE = 0.05, 0.99
+PER_DECADE = 4  # points on a line: with fewer a narrow mass between them would be left out of its share
+# distances on a line, in reaches of the draws: widths of any size are seen, and what is improper is so far out
+LINE = torch.logspace(-6, 12, 18 * PER_DECADE + 1, dtype=torch.float64)
+FAR = 10 ** (1 - 0.5 / PER_DECADE)  # reaches, from where they are far out: half-way between two points near ten
 
 
 def slow_rays(target: Target) -> list[tuple[str, float]]:
@@ -46,8 +57,8 @@ def slow_rays(target: Target) -> list[tuple[str, float]]:
     steps = torch.cat([torch.eye(dim, **like), -torch.eye(dim, **like)])
     names = target.coordinate_names()
     slopes = _slopes(target, origin, steps, torch.tensor(DISTANCES, **like))
-    found = [(f"{'+' if i < dim else '−'}{names[i % dim]}", slope) for i, slope in slopes]
-    return sorted(found, key=lambda pair: -pair[1])
+    rays = [(f"{'+' if i < dim else '−'}{names[i % dim]}", slope) for i, slope in slopes]
+    return sorted(rays, key=lambda pair: -pair[1])
 
 
 def _slopes(
@@ -64,7 +75,7 @@ def _slopes(
     seen = log_p[log_p < torch.inf].nan_to_num(-torch.inf)
     floor = max(float(seen.max()), high) - WITHIN if len(seen) else 0.0
     slopes = [(i, _last_slope(values, floor)) for i, values in enumerate(log_p.unbind(1))]
-    return [(i, slope) for i, slope in slopes if slope is not None and slope > SLOPE - 0.02]
+    return [(i, slope) for i, slope in slopes if slope is not None and slope > SLOPE - SLACK]
 
 
 def slow_combinations(target: Target, draws: Weights, modes: Gaussians | None) -> list[tuple[str, float]]:
@@ -80,14 +91,14 @@ def slow_combinations(target: Target, draws: Weights, modes: Gaussians | None) -
     best = x[draws.log_p.argmax()]
     if len(null):  # draws may lie so far out there that sums with them are rounded
         best = best - null.mT @ (torch.linalg.pinv(null.mT) @ best)
-    found = _slow(target, best, null, best.abs().amax().clamp_min(1.0).expand(len(null)), high)
-    if not found:
+    slow = _slow(target, best, null, best.abs().amax().clamp_min(1.0).expand(len(null)), high)
+    if not slow:
         steps = _outward(draws, modes, centre, size)
         steps = torch.cat([steps, _principal(x, size)]) if target.dim <= MOST_DIMS else steps
         steps = steps[steps.isfinite().all(-1) & (steps != 0).any(-1)]
         steps = steps / torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
-        found = _slow(target, centre, steps, ((x - centre) @ steps.mT).abs().amax(0), high)[:1]
-    return [(combination(step, names), slope) for step, slope in found]
+        slow = _slow(target, centre, steps, ((x - centre) @ steps.mT).abs().amax(0), high)[:1]
+    return [(combination(step, names), slope) for step, slope in slow]
 
 
 def _slow(target: Target, origin: Tensor, steps: Tensor, reach: Tensor, high: float) -> list[tuple[Tensor, float]]:
@@ -116,13 +127,13 @@ def _null_directions(target: Target, x: Tensor, size: Tensor) -> Tensor:
     score = score / torch.linalg.vector_norm(score, dim=-1, keepdim=True).clamp_min(1e-300)
     _, singular, vectors = torch.linalg.svd(score, full_matrices=False)
     null = vectors[singular < NULL * singular[0]]
-    found = []
-    while len(null) > len(found) and len(found) < FURTHEST:
-        onto = null.mT @ null - sum((torch.outer(v, v) for v in found), 0.0 * torch.eye(dim).to(x))
+    directions = []
+    while len(null) > len(directions) and len(directions) < FURTHEST:
+        onto = null.mT @ null - sum((torch.outer(v, v) for v in directions), 0.0 * torch.eye(dim).to(x))
         nearest = onto[:, _by_size(onto.diagonal())[0]]
-        found.append(nearest / torch.linalg.vector_norm(nearest))
-    found = torch.stack(found) * size if found else x.new_zeros(0, dim)
-    return found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
+        directions.append(nearest / torch.linalg.vector_norm(nearest))
+    directions = torch.stack(directions) * size if directions else x.new_zeros(0, dim)
+    return directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
 
 
 def _outward(draws: Weights, modes: Gaussians | None, centre: Tensor, size: Tensor) -> Tensor:
@@ -158,10 +169,10 @@ def combination(step: Tensor, names: list[str]) -> str:
     order = _by_size(step)
     if abs(step[order[0]]) > SINGLE:
         return names[order[0]]
-    kept = [i for i in order if abs(step[i]) > LEAST * abs(step[order[0]])]
-    terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in kept[:COEFFICIENTS]]
+    leading = [i for i in order if abs(step[i]) > LEAST_COEFFICIENT * abs(step[order[0]])]
+    terms = [f"{'−' if step[i] < 0 else '+'} {abs(float(step[i])):.2f} {names[i]}" for i in leading[:COEFFICIENTS]]
     first = terms[0].removeprefix("+ ").replace("− ", "−", 1)
-    return " ".join([first, *terms[1:], *(["+ ..."] if len(kept) > COEFFICIENTS else [])])
+    return " ".join([first, *terms[1:], *(["+ ..."] if len(leading) > COEFFICIENTS else [])])
 
 
 def far_shares(target: Target, x: Tensor, directions: Tensor) -> Tensor:
@@ -199,6 +210,6 @@ def improper(target: Target, draws: Weights | None = None, modes: Gaussians | No
         rays, remedy = slow_combinations(target, draws, modes), "give these parameters proper priors, or hold one fixed"
     if not rays:
         return ""
-    shown = ", ".join(name for name, _ in rays[:NAMED]) + (", ..." if len(rays) > NAMED else "")
+    shown = ", ".join(name for name, _ in rays[:NAMED_RAYS]) + (", ..." if len(rays) > NAMED_RAYS else "")
     how = "keeps rising" if rays[0][1] > RISING else "falls no faster than 1/distance"
     return f"log p {how} along {shown}: the target looks improper there; {remedy}"

@@ -18,23 +18,32 @@ from ..estimate.psis import khat
 from ..estimate.weights import Weights, draw_seconds, effective_sample_size, log_mean, log_mean_se, mean_elbo
 from ..locate.gaussian import Gaussians
 from .check import Check, Role, Verdict, claimed
-from .checks import holes, of_weights, rounding
+from .checks import holes, rounding, weight_checks
 from .necks import necks
 from .probing import local_moves, proper, symmetric_modes, unseen_basins
 from .proposal import DefensiveProposal
 
-REPEATS = 5
-FIRST, LAST = 40_000, 160_000  # draws from the defensive proposal
-FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000  # that these may take, from LEAST draws on: 0.4 and 0.5 GB
-LEAST = 10_000  # first draws: with fewer no estimate could be precise enough
-QUARTER, HURRIED = 0.25, 1000  # of the time left to a limit, that the first draws may take; the fewest of them then
-PROBED, NECKED = 80_000, 200_000  # draws that take as long as local moves and lines far out do, and as necks may
+REPEATS = 5  # sets of draws, whose k̂s tell their error: T_90 belongs to so many; reported, no claim hangs on it
+# from the defensive proposal: ENDS_SE and MEDIAN_SE ask for an effective sample of 7,000, so that weights may be six
+# times as uneven at first, and 23 times where draws are doubled; their number is chosen for its time
+FIRST_DRAWS, MOST_DRAWS = 40_000, 160_000
+# that these may take, from LEAST_DRAWS draws on: 0.4 and 0.5 GB, of which checks hold a few times as much
+FIRST_NUMBERS, MOST_NUMBERS = 50_000_000, 64_000_000
+LEAST_DRAWS = 10_000  # first draws: with fewer no estimate could be precise enough
+# of the time left to a limit, that the first draws may take: checks and moves want the rest; and the fewest of them
+# then, which can refuse but hardly claim. Chosen, not measured
+QUARTER, HURRIED = 0.25, 1000
+# draws that take as long as local moves and lines far out do, and as necks may: lower, and a limit of time is overrun;
+# higher, and claims are refused for lack of time that there was
+PROBED, NECKED = 80_000, 200_000
+# said above DENSE_DIMS, where there are no waves: without it a claim would seem to have looked for modes
 UNSOUGHT = "no further starts looked for other modes, in so many dimensions"
+# what to do with the draws, for the statuses "corrected" and "reliable": the one sentence that most users read
 LEADS = (
     "use weighted draws (the default of sample): they are resampled from the proposal",
     "the flow's draws and weights can be used as they are",
 )
-T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point
+T_90 = 2.132  # Student t, 4 degrees of freedom, 95 % point: the interval of a mean of REPEATS k̂s
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,12 +101,14 @@ def judge(
     """
     flow, clock = exact(flow), clock or Clock(None)
     each = 0.0 if clock.limit is None else draw_seconds(flow, target)  # drawn and evaluated, seconds
-    proposal, pooled, own, skipped, checks = _weighed(DefensiveProposal(flow, modes), target, attempt, clock, each)
+    proposal, pooled, flow_weights, skipped, checks = _weighed(
+        DefensiveProposal(flow, modes), target, attempt, clock, each
+    )
     verdict = Verdict.of(checks + _probed(proposal, target, pooled, checks, probes, clock, each), *LEADS)
     if verdict.status != "unreliable":
         verdict = verdict.because(symmetric_modes(target, proposal.modes))
         verdict = verdict.because("" if probes is not None and len(probes) else UNSOUGHT)
-    log_weights, draws = own.log_w, own.x[:num_draws]
+    log_weights, draws = flow_weights.log_w, flow_weights.x[:num_draws]
     lacking = REPEATS * num_draws - len(log_weights)
     if lacking > 0 and not _too_long(clock, each * lacking):
         more, n = _draw_flow(flow, target, lacking)
@@ -128,24 +139,25 @@ def _weighed(
 ) -> tuple[DefensiveProposal, Weights, Weights, int, list[Check]]:
     """m, adapted where need be; draws of m and of q, doubled until they pass, cannot, or take too long (``each``
     seconds); how many were skipped; the checks."""
-    most = min(LAST, MOST_NUMBERS // target.dim)
-    first = count = max(min(FIRST, FIRST_NUMBERS // target.dim), LEAST)
+    most = min(MOST_DRAWS, MOST_NUMBERS // target.dim)
+    first = count = max(min(FIRST_DRAWS, FIRST_NUMBERS // target.dim), LEAST_DRAWS)
     if clock.limit is not None:
         count = min(first, max(int(QUARTER * clock.left() / each), HURRIED))
-    pooled, own, skipped = _draw(proposal, target, count)
-    better = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
-    if better is not None:
-        proposal = better
-        pooled, own, skipped = _draw(proposal, target, count)
+    pooled, flow_weights, skipped = _draw(proposal, target, count)
+    adapted = proposal.adapted(pooled.x, pooled.log_q, pooled.log_w)
+    if adapted is not None:
+        proposal = adapted
+        pooled, flow_weights, skipped = _draw(proposal, target, count)
     while True:
         growth = 2.0 ** max(math.floor(math.log2(most / len(pooled.x))), 0)
-        checks, mendable = of_weights(target, pooled, own, attempt, growth)
+        checks, mendable = weight_checks(target, pooled, flow_weights, attempt, growth)
         if claimed(checks) or not mendable or growth == 1:
-            return proposal, pooled, own, skipped, checks
+            return proposal, pooled, flow_weights, skipped, checks
         if count < first or _too_long(clock, 3 * each * len(pooled.x)):  # as many more draws, and checks of them all
-            return proposal, pooled, own, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
-        more, more_own, n = _draw(proposal, target, len(pooled.x))
-        pooled, own, skipped = _concatenate(pooled, more), _concatenate(own, more_own), skipped + n
+            return proposal, pooled, flow_weights, skipped, [*checks, _cut(f"{len(pooled.x)} draws were too few")]
+        more, more_of_flow, n = _draw(proposal, target, len(pooled.x))
+        pooled, flow_weights = _concatenate(pooled, more), _concatenate(flow_weights, more_of_flow)
+        skipped += n
 
 
 def _too_long(clock: Clock, seconds: float) -> bool:
@@ -171,15 +183,15 @@ def _probed(
     each: float,
 ) -> list[Check]:
     """The checks that ask the target anew; those that cost something only where all else passes."""
-    found = [rounding(target, pooled), *holes(target, pooled)]
-    found += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
-    if claimed(checks + found):
+    probed = [rounding(target, pooled), *holes(target, pooled)]
+    probed += [unseen_basins(proposal, target, pooled, probes)] if probes is not None and len(probes) else []
+    if claimed(checks + probed):
         if _too_long(clock, PROBED * each):
-            return [*found, _cut("local moves, lines far out and necks were not looked at")]
-        found += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
+            return [*probed, _cut("local moves, lines far out and necks were not looked at")]
+        probed += [local_moves(proposal, target, pooled), proper(target, pooled, proposal.modes)]
         late = _too_long(clock, NECKED * each)
-        found += [_cut("necks were not looked at")] if late else necks(target, pooled)
-    return found
+        probed += [_cut("necks were not looked at")] if late else necks(target, pooled)
+    return probed
 
 
 def _draw(proposal: DefensiveProposal, target: Target, count: int) -> tuple[Weights, Weights, int]:

@@ -11,10 +11,14 @@ from ...running import late
 from ...targets.target import Target
 from ..estimate.evaluate import hessians, value_and_grad
 
+# the usual ones of quasi-Newton searches (Nocedal & Wright 2006): a smaller second one makes searches exact, at more
+# gradients
 ARMIJO, WOLFE = 1e-4, 0.9
-CURVATURE = 1e-10  # least s·y, relative to ‖s‖‖y‖, for a BFGS update
-PRUNE_EVERY = 20  # iterations, after which the worse half of the paths still going ends
-PATHS = 8  # never fewer than so many by pruning
+# least s·y, relative to ‖s‖‖y‖, for a BFGS update: below, rounding could make the inverse Hessian indefinite
+CURVATURE = 1e-10
+# iterations, after which the worse half of the paths still going ends: fewer end paths that would find other modes
+PRUNE_EVERY = 20
+LEAST_PATHS = 8  # never fewer than so many by pruning: Pathfinder looks closely at as many
 
 
 @dataclass(eq=False)
@@ -67,8 +71,8 @@ def bfgs_paths(
         active = active[going]
         if not len(active) or late():
             break
-        if prune and k % PRUNE_EVERY == 0 and len(active) > PATHS:
-            active = active[better_half(at.value[active], PATHS)]
+        if prune and k % PRUNE_EVERY == 0 and len(active) > LEAST_PATHS:
+            active = active[better_half(at.value[active], LEAST_PATHS)]
     return at, concatenate(record) if record else at
 
 

@@ -16,10 +16,12 @@ from .large import locate_large
 from .locate import pathfinder
 from .points import DENSE_DIMS, start_points
 
-PRIOR_DRAWS = 400  # that say how wide a standard value is before there are data
-ITERATIONS = 40  # of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they settle
-DRAWS = 1000  # that compare the choices: ELBOs are then certain to about .1 nats
-NAMED = 4  # sites in a sentence
+# that say how wide a standard value is before there are data, to about 5 %: degrees of centring need no more
+PRIOR_DRAWS = 400
+# of Gaussian VI in each choice of coordinates: with fewer, choices are compared before they settle
+CENTRING_ITERATIONS = 40
+CENTRING_DRAWS = 1000  # that compare the choices: ELBOs are then certain to about .1 nats
+NAMED_SITES = 4  # in one sentence, the others are counted: for reading only
 
 
 def centred(
@@ -49,10 +51,10 @@ def choose_centring(target: Target, device: torch.device | str | None) -> tuple[
     if target.dim > DENSE_DIMS:  # there a Gaussian VI of each choice would take minutes
         return partly, apart.translate(first.loc, partly), _sentence(partly)
     found, elbos = {}, {}
-    epsilon = torch.randn(DRAWS, target.dim).to(first.loc)
+    epsilon = torch.randn(CENTRING_DRAWS, target.dim).to(first.loc)
     for choice in (partly, apart, target):
         start = carried(first, apart, choice)
-        found[choice] = gaussian_vi(choice, start, ITERATIONS) if len(start) else start
+        found[choice] = gaussian_vi(choice, start, CENTRING_ITERATIONS) if len(start) else start
         elbos[choice] = float(found[choice].elbo(choice, epsilon)[0]) if len(start) else -torch.inf
     best = max(elbos, key=elbos.get)
     gain = f"; its Gaussian has an ELBO {elbos[best] - elbos[target]:.1f} nats above that of the model as written"
@@ -68,8 +70,8 @@ def first_gaussian(target: Target, starts: Tensor) -> Gaussians:
         found = pathfinder(target, bfgs_paths(target, starts)[1], keep=3)
         if not len(found):
             raise ValueError("log_prob: expected finite values near some start, got none; pass init= where p > 0")
-        found = join([found, gaussian_vi(target, found, ITERATIONS)])
-    log_w = found.log_weights(target, torch.randn(DRAWS, dim).to(starts))
+        found = join([found, gaussian_vi(target, found, CENTRING_ITERATIONS)])
+    log_w = found.log_weights(target, torch.randn(CENTRING_DRAWS, dim).to(starts))
     elbos = [mean_elbo(column) for column in log_w.unbind(1)]
     return found.pick([elbos.index(max(elbos))])
 
@@ -101,7 +103,7 @@ def learned(apart: PyroModel, gaussian: Gaussians) -> dict[str, Tensor]:
 
 def carried(gaussian: Gaussians, here: PyroModel, there: PyroModel) -> Gaussians:
     """The Gaussian with the moments that draws of one have in other coordinates; none where that has no covariance."""
-    x = gaussian.at(torch.randn(max(DRAWS, 8 * here.dim), here.dim).to(gaussian.loc))[:, 0]
+    x = gaussian.at(torch.randn(max(CENTRING_DRAWS, 8 * here.dim), here.dim).to(gaussian.loc))[:, 0]
     y = here.translate(x, there)
     y = y[y.isfinite().all(-1)]
     return from_covariance(y.mean(0)[None], torch.cov(y.mT)[None], Kind.DRAWS)[0]
@@ -115,5 +117,7 @@ def _sentence(target: PyroModel) -> str:
     for name, degree in target.degrees.items():
         low, high = float(degree.min()), float(degree.max())
         words.append(f"{name} {low:.2f}" if high - low < 0.01 else f"{name} {low:.2f} to {high:.2f}")
-    shown = ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
+    shown = ", ".join(words[:NAMED_SITES]) + (
+        f" and {len(words) - NAMED_SITES} more" if len(words) > NAMED_SITES else ""
+    )
     return f"centring: degrees {shown} (1: as written, 0: non-centred)"

@@ -18,21 +18,30 @@ from ..estimate.weights import mean_elbo
 from .ascent import CURVATURE, better_half, halved_until_higher, line_search
 from .gaussian import Gaussians, Kind, Origin, clipped, distinct, from_covariance, join, usable
 
-MEMORY = 12  # pairs (s, y) that L-BFGS remembers
-ITERATIONS = 300  # of L-BFGS
-PRUNE_EVERY, PATHS = 30, 4  # iterations after which the worse half of the paths ends, down to so many
-ENDS = 2  # that Newton's method follows up
-EXACT = 1e-4  # variance of log-weights, below which a Gaussian is not improved
-DIFFERENCE = 1e-2  # step of differenced gradients, in sd
-ROWS = 160_000  # gradients, about, that averaging curvature may take
-TRAVEL, ROUNDS, INNER, DRAWS = (
-    40,
-    6,
-    3,
-    1024,
-)  # rounds to get there, and of averaging; moves of the mean in each; draws for one
-TRAVELLING = 0.75  # rate; no sd more than doubles in a round
-ARRIVED, FARTHEST = 0.15, 2.0  # sd, which the mean moves by in the end, and at most in one step
+MEMORY = 12  # pairs (s, y) that L-BFGS remembers, the usual 3 to 20: each is two vectors of every path
+LBFGS_ITERATIONS = 300  # of L-BFGS, at most: Newton's method goes on from where it ends
+# iterations after which the worse half of the paths ends, down to so many: fewer end paths that would find other modes
+LBFGS_PRUNE_EVERY, LBFGS_PATHS = 30, 4
+NEWTON_ENDS = 2  # that Newton's method follows up, and modes at most: each is a dense matrix from 2D gradients a step
+# of log-weights, below which a Gaussian is not improved: EVEN is three times as much; lower, and normals are travelled
+# from
+NORMAL_VARIANCE = 1e-4
+# step of differenced gradients, in sd. Chosen, not measured: smaller, and rounding counts; larger, and skew does
+DIFFERENCE = 1e-2
+# about, that averaging curvature may take: fewer leave its noise in the Gaussian, more are most of a fit's time
+CURVATURE_GRADIENTS = 160_000
+# rounds to get to the mass, and of averaging there; moves of the mean in each; draws for one: fewer rounds end on the
+# way, fewer draws leave noise. Chosen, not measured
+TRAVEL, VI_ROUNDS, INNER, MEAN_DRAWS = 40, 6, 3, 1024
+# by which Gaussians are compared, and what they gain as they travel: certain to 1/16 of the sd of log-weights
+ELBO_DRAWS = 256
+WORSE = 1.0  # nats that a round of travelling may lose by chance: where it loses more it ends
+# by which Gaussians on a path are compared: each point of each path costs as many. Chosen, not measured
+PATH_DRAWS = 16
+TRAVELLING = 0.75  # rate: no sd more than doubles in a round, where at 1 a single bad curvature would do more
+# sd, which the mean moves by in the end, by the noise of MEAN_DRAWS mostly, and at most in one step, where curvature
+# misleads
+ARRIVED, MOST_MEAN_SHIFT = 0.15, 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +72,7 @@ class LowRank:
 
 
 @dataclass(eq=False)
-class Paths:
+class LbfgsPaths:
     """N points x (N, dim) with log p (N,) and its gradient, the diagonals of L-BFGS (N, dim), and its pairs s, y
     (N, m, dim), the latest last, with 1/s·y (N, m), 0 for pairs that do not count."""
 
@@ -75,8 +84,8 @@ class Paths:
     y: Tensor
     rho: Tensor
 
-    def pick(self, index: Tensor) -> Paths:
-        return Paths(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+    def pick(self, index: Tensor) -> LbfgsPaths:
+        return LbfgsPaths(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
     def direction(self) -> Tensor:
         """H ∇log p by the two-loop recursion (Nocedal & Wright 2006, algorithm 7.4)."""
@@ -127,15 +136,17 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
     if not on_paths:
         raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
     paths = join([g.dense(Kind.PATH) for g in on_paths])
-    fronts = [ends.gaussian(i).dense(Kind.END) for i in range(min(ENDS, len(ends.x)))]
+    fronts = [ends.gaussian(i).dense(Kind.END) for i in range(min(NEWTON_ENDS, len(ends.x)))]
     optima = join([newton_laplace(target, front) for front in fronts if len(front)] or [paths.pick([])])
-    optima = optima.pick(distinct(optima, value_and_grad(target, optima.loc)[0], ENDS)) if len(optima) else optima
+    optima = (
+        optima.pick(distinct(optima, value_and_grad(target, optima.loc)[0], NEWTON_ENDS)) if len(optima) else optima
+    )
     dim = starts.shape[1]
     standard = Gaussians(starts.new_zeros(1, dim), torch.eye(dim).to(starts)[None], (Origin(Kind.STANDARD),))
     found = join([standard, paths, optima])
-    elbo = found.elbo(target, torch.randn(256, dim).to(starts))
+    elbo = found.elbo(target, torch.randn(ELBO_DRAWS, dim).to(starts))
     best = found.pick([int(elbo.argmax())])
-    if float(best.log_weights(target, torch.randn(256, dim).to(starts)).var()) < EXACT:
+    if float(best.log_weights(target, torch.randn(ELBO_DRAWS, dim).to(starts)).var()) < NORMAL_VARIANCE:
         return best, optima
     # the best optimum too: its Gaussian may be poor, but lead to the mass, where a better one ends on a plateau
     routes = [travel(target, best)] + ([travel(target, optima.pick([0]))] if len(optima) else [])
@@ -143,21 +154,21 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
     return join([best, nearest, curvature_vi(target, nearest)]), optima
 
 
-def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tuple[Paths, list[LowRank]]:
-    """Ends of L-BFGS ascent in lockstep, the highest first, and the Gaussians of the best ELBO on the PATHS best.
+def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tuple[LbfgsPaths, list[LowRank]]:
+    """Ends of L-BFGS ascent in lockstep, the highest first, and the Gaussians of the best ELBO on the LBFGS_PATHS best.
 
     A path stops as in :func:`optimise.bfgs_paths`, by the gain in nats that its quadratic model promises.
     """
     value, grad = value_and_grad(target, starts)
     norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min(1.0)
     empty = starts.new_zeros(len(starts), MEMORY, starts.shape[1])
-    every = Paths(starts, value, grad, (1 / norm).expand_as(starts), empty, empty, empty[..., 0])
+    every = LbfgsPaths(starts, value, grad, (1 / norm).expand_as(starts), empty, empty, empty[..., 0])
     every = every.pick(value > -torch.inf)
-    done: list[Paths] = []
+    done: list[LbfgsPaths] = []
     best: dict[int, tuple[float, LowRank]] = {}
-    epsilon = torch.randn(16, starts.shape[1]).to(starts)
+    epsilon = torch.randn(PATH_DRAWS, starts.shape[1]).to(starts)
     index, due = torch.arange(len(every.x)), 1.0
-    for k in range(1, ITERATIONS + 1):
+    for k in range(1, LBFGS_ITERATIONS + 1):
         going = _step(target, every, tolerance, first=k == 1)
         if k >= due or not bool(going.all()):
             due = max(k + 1, 1.2 * due) if k >= due else due
@@ -166,16 +177,16 @@ def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tupl
         every, index = every.pick(going), index[going.cpu()]
         if not len(index) or late():
             break
-        if k % PRUNE_EVERY == 0 and len(index) > PATHS:
-            top = better_half(every.value, PATHS)
+        if k % LBFGS_PRUNE_EVERY == 0 and len(index) > LBFGS_PATHS:
+            top = better_half(every.value, LBFGS_PATHS)
             every, index = every.pick(top), index[top.cpu()]
     done.append(every)
-    ends = Paths(*(torch.cat([getattr(p, name) for p in done]) for name in Paths.__dataclass_fields__))
+    ends = LbfgsPaths(*(torch.cat([getattr(p, name) for p in done]) for name in LbfgsPaths.__dataclass_fields__))
     ranked = sorted(best.values(), key=lambda pair: -pair[0])
-    return ends.pick(ends.value.argsort(descending=True)), [g for _, g in ranked[:PATHS]]
+    return ends.pick(ends.value.argsort(descending=True)), [g for _, g in ranked[:LBFGS_PATHS]]
 
 
-def _step(target: Target, paths: Paths, tolerance: float, first: bool) -> Tensor:
+def _step(target: Target, paths: LbfgsPaths, tolerance: float, first: bool) -> Tensor:
     """One L-BFGS iteration of all rows, in place; which go on."""
     direction = paths.direction()
     slope = (paths.grad * direction).sum(-1)
@@ -192,7 +203,7 @@ def _step(target: Target, paths: Paths, tolerance: float, first: bool) -> Tensor
 
 
 def _keep_best(
-    target: Target, paths: Paths, index: Tensor, epsilon: Tensor, best: dict[int, tuple[float, LowRank]]
+    target: Target, paths: LbfgsPaths, index: Tensor, epsilon: Tensor, best: dict[int, tuple[float, LowRank]]
 ) -> None:
     """For each path the Gaussian of the best ELBO so far."""
     for i, path in enumerate(index.tolist()):
@@ -261,13 +272,13 @@ def curvature_vi(target: Target, start: Gaussians) -> Gaussians:
 
         E_q[∇log p] = 0,   Σ⁻¹ = −E_q[∇²log p]   (Opper & Archambeau 2009).
 
-    ROUNDS of moves of the mean and of the precision, at rates that fall so that they are averaged. The Hessian at a
+    VI_ROUNDS of moves of the mean and of the precision, at rates that fall so that they are averaged. The Hessian at a
     draw is far less noisy than its estimate by first derivatives, of which a matrix in many dimensions would take
     millions.
     """
     loc, tril = start.loc[0], start.scale_tril[0]
-    pairs = max(ROWS // (ROUNDS * 4 * len(loc)), 1)
-    for k in range(ROUNDS):
+    pairs = max(CURVATURE_GRADIENTS // (VI_ROUNDS * 4 * len(loc)), 1)
+    for k in range(VI_ROUNDS):
         if late():
             break
         loc, tril, _ = _round(target, loc, tril, 1 / (1 + k / 2), pairs)
@@ -280,13 +291,13 @@ def travel(target: Target, start: Gaussians) -> tuple[Gaussians, float]:
 
     The optimum of p may lie far from its mass, as that of a hierarchy does.
     """
-    epsilon = torch.randn(256, start.loc.shape[1]).to(start.loc)
+    epsilon = torch.randn(ELBO_DRAWS, start.loc.shape[1]).to(start.loc)
     at, elbo = start, float(start.elbo(target, epsilon)[0])
     for _ in range(TRAVEL):
         loc, tril, moved = _round(target, at.loc[0], at.scale_tril[0], TRAVELLING, pairs=0)
         trial = Gaussians(loc[None], tril[None], start.origin)
         reached = float(trial.elbo(target, epsilon)[0]) if bool(usable(trial.loc, trial.scale_tril)[0]) else -torch.inf
-        if not reached > elbo - 1.0:
+        if not reached > elbo - WORSE:
             break
         at, elbo = trial, reached
         if moved < ARRIVED or late():
@@ -314,9 +325,10 @@ def _round(target: Target, loc: Tensor, tril: Tensor, rate: float, pairs: int) -
 
 
 def _mean_shift(target: Target, loc: Tensor, tril: Tensor, rate: float) -> Tensor:
-    """ρ E[Lᵀ∇log p + ε] over antithetic draws, at most FARTHEST in each coordinate; clipped as in gaussian_vi."""
-    epsilon = torch.randn(DRAWS // 2, len(loc)).to(loc)
+    """ρ E[Lᵀ∇log p + ε] over antithetic draws, at most MOST_MEAN_SHIFT in each coordinate; clipped as in
+    gaussian_vi."""
+    epsilon = torch.randn(MEAN_DRAWS // 2, len(loc)).to(loc)
     epsilon = torch.cat([epsilon, -epsilon])
     value, grad = value_and_grad(target, loc + epsilon @ tril.mT)
     residual = clipped(torch.where((value > -torch.inf)[:, None], grad @ tril + epsilon, 0.0))
-    return (rate * residual.mean(0)).clamp(-FARTHEST, FARTHEST)
+    return (rate * residual.mean(0)).clamp(-MOST_MEAN_SHIFT, MOST_MEAN_SHIFT)

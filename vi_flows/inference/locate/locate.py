@@ -29,7 +29,18 @@ from .large import locate_large
 from .mixture import adapt_mixture, log_weights_of
 from .points import DENSE_DIMS, FEW_DIMS, _wave
 
-PATHS = 8  # of Pathfinder that are looked at closely
+# of Pathfinder that are looked at closely: with fewer, the best Gaussian of a poor path wins by chance
+PATHFINDER_PATHS = 8
+# normals by which Gaussians are compared: at first, among those refined, and in the end, when variance and ELBO decide
+# what is trained: the fewer, the more often the second best is taken
+FIRST_NORMALS, REFINED_NORMALS, LAST_NORMALS = 256, 512, 2000
+# iterations of Gaussian VI from each of the best, and then from the best of all: rates fall over these, so that fewer
+# leave noise, which the ELBO shows; together they stand for 600 steps of Adam
+SHORT_VI, LONG_VI = 20, 60
+WAVE_ITERATIONS = 60  # of BFGS in a wave, for Newton's method does the rest
+# modes that are kept apart, up to FEW_DIMS, DENSE_DIMS and beyond: each costs a Hessian and a component of the
+# defensive proposal; with fewer, the lightest are left to the check of unseen basins
+MODES_KEPT = (64, 8, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +82,14 @@ def locate(target: Target, starts: Tensor) -> Located:
     eye = torch.eye(dim, dtype=starts.dtype, device=starts.device)
     standard = Gaussians(starts.new_zeros(1, dim), eye[None], (Origin(Kind.STANDARD),))
     found = join([standard, paths, optima])
-    epsilon = torch.randn(256, dim, dtype=starts.dtype, device=starts.device)
+    epsilon = torch.randn(FIRST_NORMALS, dim, dtype=starts.dtype, device=starts.device)
     elbo = found.elbo(target, epsilon)
     best = found.pick(distinct(found, elbo, limit=3))
     if not len(best):
         raise ValueError("log_prob: expected finite values near some start, got none; pass init= a point where p > 0")
     refined = _refine(target, best)
     final = join([best, refined])
-    epsilon = torch.randn(2000, dim, dtype=starts.dtype, device=starts.device)
+    epsilon = torch.randn(LAST_NORMALS, dim, dtype=starts.dtype, device=starts.device)
     winner = int(final.elbo(target, epsilon).argmax())
     best_w = final.pick([winner]).log_weights(target, epsilon)[:, 0]
     mixture, mixture_variance = _mixture(target, optima, masses, mean_elbo(best_w))
@@ -97,7 +108,9 @@ def locate(target: Target, starts: Tensor) -> Located:
 def _located_large(target: Target, starts: Tensor) -> Located:
     """What :func:`locate_large` finds, without further starts and mixtures."""
     found, optima = locate_large(target, starts)
-    log_w = found.log_weights(target, torch.randn(2000, starts.shape[1], dtype=starts.dtype, device=starts.device))
+    log_w = found.log_weights(
+        target, torch.randn(LAST_NORMALS, starts.shape[1], dtype=starts.dtype, device=starts.device)
+    )
     elbos = [mean_elbo(column) for column in log_w.unbind(1)]
     winner = elbos.index(max(elbos))
     best_w, best = log_w[:, winner], found.pick([winner])
@@ -121,7 +134,7 @@ def _further(target: Target, optima: Gaussians, masses: Tensor) -> tuple[Gaussia
     waves = int(WAVES if dim <= FEW_DIMS else WAVES // 2)
     probes, empty = optima.pick([]), 0
     for k in range(waves):
-        ends, _ = bfgs_paths(target, _wave(target, optima), iterations=60, prune=False)
+        ends, _ = bfgs_paths(target, _wave(target, optima), iterations=WAVE_ITERATIONS, prune=False)
         rows, index = from_covariance(ends.x, ends.inverse_hessian, Kind.FRESH)
         apart = [i for i, x in enumerate(rows.loc) if not len(optima) or optima.distance(x).amin() > SAME_MODE]
         _, new, new_masses = basins(target, ends[index[apart]])
@@ -159,17 +172,18 @@ def _components(mixture: Mixture | None) -> list[Gaussians]:
 
 def modes_kept(dim: int) -> int:
     """How many modes are kept apart: each costs a Hessian, and a component of the defensive proposal."""
-    return 64 if dim <= FEW_DIMS else 8 if dim <= DENSE_DIMS else 2
+    few, dense, beyond = MODES_KEPT
+    return few if dim <= FEW_DIMS else dense if dim <= DENSE_DIMS else beyond
 
 
 def _refine(target: Target, start: Gaussians) -> Gaussians:
     """Gaussian VI: a short one from each start, then a longer one from the best of these."""
-    short = gaussian_vi(target, start, iterations=20)
+    short = gaussian_vi(target, start, iterations=SHORT_VI)
     if not len(short):
         return short
-    epsilon = torch.randn(512, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
+    epsilon = torch.randn(REFINED_NORMALS, start.loc.shape[1], dtype=start.loc.dtype, device=start.loc.device)
     best = int(short.elbo(target, epsilon).argmax())
-    long = gaussian_vi(target, short.pick([best]), iterations=60)
+    long = gaussian_vi(target, short.pick([best]), iterations=LONG_VI)
     refined = [long, short.pick([i for i in range(len(short)) if i != best])]
     return join([g.refined() for g in refined])
 
@@ -181,7 +195,7 @@ def joined(*kinds: Gaussians) -> Gaussians:
     return every.pick(distinct(every, order, limit=modes_kept(every.loc.shape[1])))
 
 
-def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHS) -> Gaussians:
+def pathfinder(target: Target, record: Iterates, draws: int = 8, keep: int = PATHFINDER_PATHS) -> Gaussians:
     """The Gaussian N(x + H∇log p, H) of the best ELBO on each path, for the ``keep`` best paths."""
     loc = record.x + (record.inverse_hessian @ record.grad.unsqueeze(-1)).squeeze(-1)
     found, index = from_covariance(loc, record.inverse_hessian, Kind.PATH)

@@ -14,16 +14,27 @@ from ..estimate.evaluate import in_blocks, log_density
 from ..estimate.weights import effective_sample_size
 from .gaussian import Gaussians, Kind, Origin, join, scale_of
 
-ROUNDS = 16
-DRAWS, DRAWS_EACH = 2000, 150  # in each round: at least, and for each component
-DF = 5.0  # of the t components that are drawn from, so that weights stay even
-MOST = 64  # components
-LIGHTEST = 12.0  # nats below the heaviest start, from where a component is left out
-LEAST = 1e-4  # share of the mass, below which one is dropped
-EXCESS = 4.0  # times the mean weight, from where a draw lies in a part of p that the mixture misses
-BIRTHS, UNTIL = 8, 10  # new components in a round, and the round from which there are none
-ENOUGH = 0.98  # ESS as a share, at which adapting ends
-PATIENCE = 4  # rounds, after which it ends where the ESS is below dim: moments of so few draws lead nowhere, slowly
+ADAPT_ROUNDS = 16  # of adapting, at most: births end at UNTIL, and what is left settles in a few rounds
+# in each round: at least, and for each component, whose moments fewer draws would not tell. Chosen, not measured
+ROUND_DRAWS, COMPONENT_DRAWS = 2000, 150
+WEIGHT_DRAWS = 2000  # by which an adapted mixture is compared with the best Gaussian, as that is by as many
+# of the t components that are drawn from at modes, here and in the defensive proposal, so that weights stay even:
+# higher, and heavier tails of p have unbounded weights; lower, and draws go where p has next to no mass. Chosen, not
+# measured
+MODE_DF = 5.0
+EVEN_MIXING = 0.05  # of the draws, dealt out evenly over the components: none starves by chance before it is adapted
+MOST_COMPONENTS = 64  # as many as modes are kept in few dimensions: each costs its draws in every round
+LIGHTEST = 12.0  # nats below the heaviest start, from where one is left out: e⁻¹² of the mass decides nothing
+LEAST_MASS = 1e-4  # share of the mass, below which a component is dropped: a hundredth of BASIN
+# times the mean weight, from where a draw lies in a part of p that the mixture misses. Chosen, not measured: higher
+# leaves parts out, lower gives components to noise
+EXCESS = 4.0
+LEAST_EXCESS = 0.02  # share of the weight in such draws, below which no component is born: as UNSEEN
+# new components in a round, and the round from which there are none, so that all are adapted in the end. Chosen, not
+# measured
+BIRTHS, UNTIL = 8, 10
+ENOUGH_ESS = 0.98  # ESS as a share, at which adapting ends: log-weights then vary by .02, as GOOD asks
+POOR_ROUNDS = 4  # rounds, after which it ends where the ESS is below dim: moments of so few draws lead nowhere, slowly
 
 
 def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
@@ -34,11 +45,15 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
     weigh ``EXCESS`` times the mean the mixture misses a part of p, and new components start there (as in Raftery & Bao
     2010).
     """
-    heavy = [i for i in masses.argsort(descending=True).tolist() if masses[i] > masses.max() - LIGHTEST][:MOST]
+    heavy = [i for i in masses.argsort(descending=True).tolist() if masses[i] > masses.max() - LIGHTEST][
+        :MOST_COMPONENTS
+    ]
     found, weights = start.pick(heavy), masses[heavy].softmax(0)
-    for k in range(ROUNDS):
-        wide = Mixture(found.loc, found.scale_tril, 0.95 * weights + 0.05 / len(weights), DF, fixed=True)
-        x = wide.transform(wide.noise((max(DRAWS, DRAWS_EACH * len(found)),)))
+    for k in range(ADAPT_ROUNDS):
+        wide = Mixture(
+            found.loc, found.scale_tril, (1 - EVEN_MIXING) * weights + EVEN_MIXING / len(weights), MODE_DF, fixed=True
+        )
+        x = wide.transform(wide.noise((max(ROUND_DRAWS, COMPONENT_DRAWS * len(found)),)))
         log_w = log_density(target, x) - in_blocks(wide.log_prob, x)
         w = log_w.softmax(0)
         if not bool(w.isfinite().all()):
@@ -46,11 +61,11 @@ def adapt_mixture(target: Target, start: Gaussians, masses: Tensor) -> Mixture:
         of_each = in_blocks(Mixture(found.loc, found.scale_tril, weights, fixed=True).log_each, x).softmax(-1)
         found, weights = _moments(found, x, of_each * w[:, None])
         ess = effective_sample_size(log_w)
-        if ess > ENOUGH * len(x) or (k + 1 >= PATIENCE and ess < target.dim) or late():
+        if ess > ENOUGH_ESS * len(x) or (k + 1 >= POOR_ROUNDS and ess < target.dim) or late():
             break
         if k < UNTIL:
             found, weights = _with_births(found, weights, x, w, of_each)
-    kept = weights > LEAST
+    kept = weights > LEAST_MASS
     return Mixture(found.loc[kept], found.scale_tril[kept], weights[kept], fixed=True)
 
 
@@ -64,7 +79,7 @@ def whitened(mixture: Mixture) -> tuple[Mixture, Fixed]:
     return base, Fixed(LowerTriangular, shift=mixture.weights @ mixture.loc, scale_tril=tril)
 
 
-def log_weights_of(target: Target, mixture: Mixture, draws: int = 2000) -> Tensor:
+def log_weights_of(target: Target, mixture: Mixture, draws: int = WEIGHT_DRAWS) -> Tensor:
     """log p − log q of draws of a mixture q; −inf where log p is not a number."""
     with torch.no_grad():
         x = mixture.transform(mixture.noise((draws,)))
@@ -93,8 +108,8 @@ def _moments(old: Gaussians, x: Tensor, share: Tensor) -> tuple[Gaussians, Tenso
 def _with_births(found: Gaussians, weights: Tensor, x: Tensor, w: Tensor, of_each: Tensor) -> tuple[Gaussians, Tensor]:
     """The mixture with new components where draws x weigh too much, in the shape of the nearest one, half as wide."""
     excess = torch.where(w > EXCESS / len(w), w, 0.0)
-    births = min(BIRTHS, MOST - len(found), int((excess > 0).sum()))
-    if births < 1 or excess.sum() < 0.02:
+    births = min(BIRTHS, MOST_COMPONENTS - len(found), int((excess > 0).sum()))
+    if births < 1 or excess.sum() < LEAST_EXCESS:
         return found, weights
     at = torch.multinomial(excess, births)
     nearest = of_each[at].argmax(-1)

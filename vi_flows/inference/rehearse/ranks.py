@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..estimate.quantities import flatten
 
-CONFIDENCE = 0.95
-TESTS = 3  # of each quantity: offset, spread, distribution function
+CONFIDENCE = 0.95  # of intervals, bands and "at most": the usual one; higher widens what k refits can say
+TESTS = 3  # of each quantity: offset, spread, distribution function; without this factor chance departs more often
 
 Values = dict[str, Tensor]
 

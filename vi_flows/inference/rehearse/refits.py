@@ -18,12 +18,15 @@ from ...running import seeded
 from ...targets.pyro_model import PyroModel
 from .ranks import CONFIDENCE, TESTS, Rate, Uniformity, Values, normalised_ranks
 
+# of a verdict, and of a row: ranks and false claims are counted over the first ones
 CLAIMED, STATUSES = ("reliable", "corrected"), ("reliable", "corrected", "unreliable", "error")
-DRAWS = 4000  # of the posterior, among which a true value is ranked
-LEVELS = (0.5, 0.9)  # of the central intervals whose coverage is told
-EXCLUDED = 0.01  # by chance, at most this share of right posteriors excludes the truth
-POWER_80 = 0.842  # normal quantile
-DENSITY = "log density"
+RANK_DRAWS = 4000  # of the posterior, among which a true value is ranked: ranks are then certain to .008
+COVERAGE_LEVELS = (0.5, 0.9)  # of the central intervals whose coverage is told: middle and tails, for reading only
+# by chance, at most this share of right posteriors excludes the truth: higher, and right claims are counted as false;
+# lower, and only gross errors count
+EXCLUDED = 0.01
+POWER_80 = 0.842  # normal quantile of the power by which "would have been seen" is meant
+DENSITY = "log density"  # the name by which log p is ranked beside the sites: it sees what no single one does
 # added to a fit's seed: parameters, data and ranks must not come from the random numbers of the fit, nor of each other
 DATA_SEED, RANK_SEED = 2**31, 2**30
 
@@ -31,7 +34,7 @@ Quantities = Callable[[Values], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Refit:
     """One fit to data made by known values: its verdict, and where these values rank.
 
     seed: of data and fit. status: of the verdict, or "error" where the fit raised (``message`` says what). ranks: by
@@ -69,7 +72,7 @@ def measured(
     simulated: Callable[[], tuple[Values, PyroModel]],
     fit: Callable[[PyroModel, int], Any],
     quantities: Quantities | None,
-) -> Row:
+) -> Refit:
     """The row of one fit; one that raises is a row too.
 
     simulated: draws true values, each (1, *shape), and the target with the data that they make, from torch's global
@@ -82,17 +85,21 @@ def measured(
         posterior = fit(target, seed)
         seconds = time.process_time() - began
         with seeded(seed + RANK_SEED):
-            draws = _quantities(posterior.sample(DRAWS), target, quantities)
+            draws = _quantities(posterior.sample(RANK_DRAWS), target, quantities)
             ranks = normalised_ranks(draws, _quantities(truth, target, quantities))
     except Exception as error:  # whatever it is, such data would have brought it about
-        return Row(seed, "error", time.process_time() - began, message=f"{type(error).__name__}: {error}")
+        return Refit(seed, "error", time.process_time() - began, message=f"{type(error).__name__}: {error}")
     failed = [check.name for check in posterior.verdict.checks if not check.passed]
-    return Row(seed, posterior.verdict.status, seconds, ranks, failed)
+    return Refit(seed, posterior.verdict.status, seconds, ranks, failed)
 
 
 def collect(
-    count: int, seed: int, measure: Callable[[int], Row], kept: Iterable[Row], report: Callable[[Row], None] | None
-) -> list[Row]:
+    count: int,
+    seed: int,
+    measure: Callable[[int], Refit],
+    kept: Iterable[Refit],
+    report: Callable[[Refit], None] | None,
+) -> list[Refit]:
     """measure(s) for count seeds from seed on, but for those that an earlier run has kept; failed ones are tried again.
 
     report: is called with every row.
@@ -128,14 +135,14 @@ class RankCheck:
     """Ranks over rows, those of the claimed fits apart: a claim does not depend on the truth behind its data, so that
     right claims have uniform ranks by themselves. Fits that raised claim nothing and have no ranks."""
 
-    rows: list[Row]
+    rows: list[Refit]
 
     @property
-    def claims(self) -> list[Row]:
+    def claims(self) -> list[Refit]:
         return [row for row in self.rows if row.claimed]
 
     @property
-    def fits(self) -> list[Row]:
+    def fits(self) -> list[Refit]:
         return [row for row in self.rows if row.status != "error"]
 
     @property
@@ -186,7 +193,7 @@ class RankCheck:
         lines = [", ".join(f"{counts[s]} {s}" for s in STATUSES) + f"; {seconds:.0f} CPU s"]
         for title, claimed in (("claimed fits", True), ("all fits", False)):
             if claimed or len(self.fits) > len(self.claims):
-                head = "".join(f"{f'in {level:.0%}':<20}" for level in LEVELS)
+                head = "".join(f"{f'in {level:.0%}':<20}" for level in COVERAGE_LEVELS)
                 lines.append(f"{title:<16}{'n':>4}  {head}{'offset ± se':>14}{'spread ± se':>14}  ECDF off, band, p")
                 lines += [_line(quantity) for quantity in self.quantities(claimed)]
                 lines.append("departures: " + ("; ".join(self.departures(claimed)) or "none"))
@@ -207,7 +214,7 @@ class RankCheck:
         """What :meth:`to_dict` gave, also after a way through JSON."""
         own = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
         own = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-        return cls(**own | {"rows": [Row(**row) for row in plain["rows"]]})
+        return cls(**own | {"rows": [Refit(**row) for row in plain["rows"]]})
 
 
 def percent(rate: Rate) -> str:
@@ -216,7 +223,7 @@ def percent(rate: Rate) -> str:
 
 
 def _line(quantity: Uniformity) -> str:
-    cells = "".join(f"{percent(quantity.coverage(level)):<20}" for level in LEVELS)
+    cells = "".join(f"{percent(quantity.coverage(level)):<20}" for level in COVERAGE_LEVELS)
     offset = f"{quantity.offset:+.2f} ± {quantity.offset_se:.2f}"
     spread = f"{quantity.spread:.2f} ± {quantity.spread_se:.2f}"
     ecdf = f"{quantity.distance:.2f}, {quantity.band:.2f}, {quantity.p_values['distance']:.2f}"
@@ -230,7 +237,7 @@ def _figures(quantity: Uniformity) -> dict[str, Any]:
     return {
         "name": quantity.name,
         "n": len(quantity.u),
-        "coverage": {f"{level:g}": vars(quantity.coverage(level)) for level in LEVELS},
+        "coverage": {f"{level:g}": vars(quantity.coverage(level)) for level in COVERAGE_LEVELS},
         **{name: value if math.isfinite(value) else None for name, value in plain.items()},
         "p_values": quantity.p_values,
     }

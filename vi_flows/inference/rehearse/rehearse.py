@@ -17,10 +17,12 @@ from ...targets.target import Target
 from ..candidates import fitted, prepare
 from ..judge.fitted import Fitted
 from ..options import Options
-from .refits import CLAIMED, DATA_SEED, LEVELS, Quantities, RankCheck, Row, Values, collect, measured, point
+from .refits import CLAIMED, COVERAGE_LEVELS, DATA_SEED, Quantities, RankCheck, Refit, Values, collect, measured, point
 
-STEPS = 200  # of training in a refit, which begins at the fit to the real data
-SHOWN = 5  # departures in the sentences; the table has all
+# of training in a refit, which begins at the fit to the real data: more cost k times, fewer leave refits worse than the
+# fit that they stand for. Chosen, not measured
+REFIT_STEPS = 200
+SHOWN_DEPARTURES = 5  # in the sentences, the table has all: for reading only
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,19 @@ class Rehearsal(RankCheck):
 
     def _of_claims(self) -> list[str]:
         false, departures = self.false_claims, self.departures()
-        covered = [(level, *self.coverage(level)) for level in LEVELS]
+        covered = [(level, *self.coverage(level)) for level in COVERAGE_LEVELS]
         shares = [f"central {level:.0%} in {mean:.0%}" + f" ± {se:.0%}" * (se == se) for level, mean, se in covered]
         return [
             f"{false.count} of {false.total} claims exclude the values that made their data (joint 99 % intervals of "
             f"{len(self.quantities())} quantities; 1 % would by chance): false claims that gross are at most "
             f"{false.upper:.1%} (95 %).",
             f"claimed intervals hold these values, on average over quantities: {', '.join(shares)}.",
-            *(f"departs from what is right: {departure}." for departure in departures[:SHOWN]),
-            *([f"and {len(departures) - SHOWN} more departures."] if len(departures) > SHOWN else []),
+            *(f"departs from what is right: {departure}." for departure in departures[:SHOWN_DEPARTURES]),
+            *(
+                [f"and {len(departures) - SHOWN_DEPARTURES} more departures."]
+                if len(departures) > SHOWN_DEPARTURES
+                else []
+            ),
             *([] if departures else [f"nothing departs beyond chance; {self.unseen}"]),
         ]
 
@@ -79,8 +85,8 @@ def rehearse(
     seed: int = 0,
     *,
     quantities: Quantities | None = None,
-    kept: Iterable[Row] = (),
-    report: Callable[[Row], None] | None = None,
+    kept: Iterable[Refit] = (),
+    report: Callable[[Refit], None] | None = None,
     **options: Any,
 ) -> Rehearsal:
     r"""Check fits of this model, near these data, by k data sets whose parameters are known.
@@ -142,4 +148,4 @@ def check_rehearsal(target: Target, k: int) -> None:
 def start(posterior: Fitted) -> dict[str, Any]:
     """Options of a warm start from the posterior's flow; none where it cannot be trained."""
     trainable = posterior.flow is not None and any(True for _ in posterior.flow.parameters())
-    return {"init": posterior.flow, "steps": STEPS} if trainable else {}
+    return {"init": posterior.flow, "steps": REFIT_STEPS} if trainable else {}

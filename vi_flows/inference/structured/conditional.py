@@ -14,12 +14,19 @@ from ...targets.target import Target
 from ..estimate.evaluate import log_density, value_and_grad
 from .sparsity import elimination, probing
 
-STEP = 1e-3  # of differenced gradients, in units of the many
-TRIALS = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)  # of a Newton step, of which the best is taken
-DAMPING = (0.03, 0.3, 3.0, 30.0)  # of the diagonal, tried in turn where a precision is not positive
-CLOSE = 1e-3  # nats that a Newton step promises, from where it is not taken
-FARTHEST = 3.0  # units, at most, of a move of a mean
-ROWS = 20_000  # points held at once, times 100 dimensions: 16 MB
+# of differenced gradients, in units of the many. Chosen, not measured: smaller, and rounding counts; larger, and what
+# is not quadratic does
+PRECISION_STEP = 1e-3
+# of a Newton step, of which the best is taken, in one evaluation: without the small ones a spike stops the ascent
+NEWTON_SHARES = (1.0, 0.4, 0.1, 0.02, 0.004, 0.0005)
+# of the diagonal, added in turn where a precision is not positive: the least that does distorts steps least
+DAMPING = (0.03, 0.3, 3.0, 30.0)
+# nats that a Newton step promises, from where it is not taken: far below DIVERGENCE; lower costs precisions, of as many
+# gradients as there are colours
+CLOSE_GAIN = 1e-3
+# units, at most, of a move of a mean in Gaussian VI: noise in a precision that is all but singular would throw it away.
+# Chosen, not measured: lower, and far means are not reached in so few rounds
+MOST_NEWTON_STEP = 3.0
 
 
 class Conditional:
@@ -41,8 +48,8 @@ class Conditional:
         child, parent = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(-1)
         many = others[torch.tensor(order)[by_depth]]
         self.graph = Graph(few, many, child, parent, torch.tensor([depth[k] for k in by_depth]))
-        self.own = pattern[many][:, many]
-        self.seen = self.own[child, parent]
+        self.pattern = pattern[many][:, many]
+        self.seen = self.pattern[child, parent]
         self.unit = unit[many]
         self.dim, self.n = target.dim, len(many)
 
@@ -50,7 +57,7 @@ class Conditional:
     def probes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Colours (n,), and whether each entry (E,) is read from the product with its parent's, with its child's."""
         child, parent = self.graph.child, self.graph.parent
-        colours, hub = probing(self.own)
+        colours, hub = probing(self.pattern)
         by_parent, by_child = ~(hub[child] & ~hub[parent]), ~(hub[parent] & ~hub[child])
         return colours, by_parent.to(self.unit), by_child.to(self.unit)
 
@@ -89,13 +96,13 @@ class Conditional:
     def precision(self, eta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """−∂²log p/∂u² at (K, S, ·), averaged over S: its diagonal (K, n) and entries (K, E), by coloured probes."""
         colours, by_parent, by_child = self.probes
-        probes = STEP * torch.nn.functional.one_hot(colours).mT.to(u)
+        probes = PRECISION_STEP * torch.nn.functional.one_hot(colours).mT.to(u)
         diagonal, entries = 0.0, 0.0
         child, parent = self.graph.child, self.graph.parent
         for s in range(u.shape[1]):
             at = u[:, s, None]
             sides = [self.gradients(eta[:, None], at + sign * probes)[1] for sign in (1, -1)]
-            moved = (sides[1] - sides[0]) / (2 * STEP)
+            moved = (sides[1] - sides[0]) / (2 * PRECISION_STEP)
             diagonal = diagonal + moved[:, colours, torch.arange(self.n)]
             both = by_parent * moved[:, colours[parent], child] + by_child * moved[:, colours[child], parent]
             entries = entries + torch.where(self.seen, both / (by_parent + by_child), 0.0)
@@ -108,8 +115,8 @@ class Conditional:
             bad = (~good).nonzero()[:, 0]
             if not len(bad):
                 break
-            some, size = diagonal[bad], diagonal[bad].abs()
-            heavier = some + more * (size + size.mean(-1, keepdim=True))
+            failed, size = diagonal[bad], diagonal[bad].abs()
+            heavier = failed + more * (size + size.mean(-1, keepdim=True))
             b[bad], log_s[bad], good[bad] = self._factor(heavier, entries[bad])
         return torch.where(good[:, None], b, 0.0), torch.where(good[:, None], log_s, 0.0)
 
@@ -121,18 +128,18 @@ class Conditional:
         diagonal[~good], entries[~good] = 1.0, 0.0
         first = torch.searchsorted(graph.child.contiguous(), torch.tensor(graph.starts))
         for k in reversed(range(graph.count)):
-            own = slice(graph.starts[k], graph.starts[k + 1])
-            good &= (diagonal[:, own] > 1e-10).all(-1)
-            diagonal[:, own] = diagonal[:, own].clamp_min(1e-10)
-            some = slice(int(first[k]), int(first[k + 1]))
-            child, parent = graph.child[some], graph.parent[some]
+            level = slice(graph.starts[k], graph.starts[k + 1])
+            good &= (diagonal[:, level] > 1e-10).all(-1)
+            diagonal[:, level] = diagonal[:, level].clamp_min(1e-10)
+            edges = slice(int(first[k]), int(first[k + 1]))
+            child, parent = graph.child[edges], graph.parent[edges]
             left, right, of = self._pairs[k]
-            ratio = entries[:, some] / diagonal[:, child]
-            diagonal.index_add_(1, parent, -entries[:, some] * ratio)
+            ratio = entries[:, edges] / diagonal[:, child]
+            diagonal.index_add_(1, parent, -entries[:, edges] * ratio)
             if len(left):
                 start = int(first[k])
                 entries.index_add_(1, of, -entries[:, left] * ratio[:, right - start])
-            entries[:, some] = -ratio  # from here on these are b
+            entries[:, edges] = -ratio  # from here on these are b
         good &= diagonal.isfinite().all(-1) & entries.isfinite().all(-1)
         return entries, -0.5 * diagonal.log(), good
 
@@ -141,7 +148,7 @@ class Conditional:
         return self.graph.solve(b, log_s.exp() * noise)
 
     def newton_step(self, b: Tensor, log_s: Tensor, grad: Tensor) -> Tensor:
-        """P⁻¹ g (K, n), kept to FARTHEST."""
+        """P⁻¹ g (K, n), kept to MOST_NEWTON_STEP."""
         with torch.enable_grad():
             e = torch.zeros_like(grad, requires_grad=True)
             (back,) = torch.autograd.grad(self.graph.solve(b, e), e, grad)
@@ -156,13 +163,13 @@ class Conditional:
             value, grad = self.gradients(eta[going], u[going])
             b[going], log_s[going] = self.factor(*self.precision(eta[going], u[going, None]))
             step = self.newton_step(b[going], log_s[going], grad)
-            trials = torch.stack([u[going] + t * step for t in TRIALS], 1)
+            trials = torch.stack([u[going] + t * step for t in NEWTON_SHARES], 1)
             reached = self.values(eta[going, None], trials)
             best, which = reached.max(-1)
             better = best > value
             chosen = trials[torch.arange(len(going)), which]
             u[going] = torch.where(better[:, None], chosen, u[going])
-            going = going[better & ((step * grad).sum(-1) / 2 > CLOSE)]
+            going = going[better & ((step * grad).sum(-1) / 2 > CLOSE_GAIN)]
             if not len(going) or late():
                 break
         return u, b, log_s
@@ -189,7 +196,7 @@ class Conditional:
             mean = new if mean is None else tuple(m + (v - m) / (1 + k) for m, v in zip(mean, new, strict=True))
             grad = self.gradients(eta[:, None], at)[1].mean(1)
             b, log_s = self.factor(*mean)
-            u = u + self.newton_step(b, log_s, grad).clamp(-FARTHEST, FARTHEST)
+            u = u + self.newton_step(b, log_s, grad).clamp(-MOST_NEWTON_STEP, MOST_NEWTON_STEP)
             if late():
                 break
         return u, b, log_s

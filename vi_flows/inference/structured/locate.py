@@ -19,87 +19,107 @@ from ..locate.ascent import bfgs_paths
 from ..locate.gaussian import Gaussians, Kind, Origin, from_covariance, scale_of
 from ..locate.points import start_points
 from .conditional import Conditional
-from .sparsity import STEP, curvature, influence, pattern
+from .sparsity import PATTERN_STEP, curvature, influence, pattern
 
-POINTS = 6  # at which curvature is looked at
-LEAST_DIM = 30  # below which flows of all coordinates do as well
-MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
-MOVES_MANY = 0.5  # influence of such a move, from where a coordinate belongs to the few
+# at which curvature is looked at: with fewer, an entry that is 0 by chance, or a scale, is missed; each costs D
+# gradients
+POINTS = 6
+LEAST_DIM = 30  # below which flows of all coordinates do as well: looking for the few would only cost time
+INFLUENCE_MOVE = 0.3  # of each coordinate: about what a scale is known to, on the log scale
+# influence of such a move, from where a coordinate belongs to the few. Chosen, not measured: higher, and a scale stays
+# among the many, whose Gaussian then has no neck; lower, and MOST_FEW are found too soon
+MOVES_MANY = 0.5
 MOST_FEW = 8  # with more, the many are not Gaussian given these: a horseshoe's 60 local scales cost 130 s in vain
 PROBES = 24  # for a precision: with 40 Laplace's approximations of an item response model took two minutes, in vain
-WELL, TRIES = 3.0, 2  # variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few
-# may be unlucky (varying slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused
-MOST_ENTRIES = 45_000  # of the factor: 300 dense coordinates
-FEATURES = 36  # of polynomials in the few, at most, above degree 1
-MOST_DEGREE = 5
-STARTS, PATH_STEPS = 10, 40  # of BFGS over the few
-WEIGHTED, WEIGHTED_ROUNDS, TAIL_DF = 40, 3, 5.0  # draws for each of the few, rounds of them
-NEWTON_STEPS, WIDTH, LONGEST = 12, 0.5, 4.0  # over the few; of differences, and the longest step, in sd
-SOLVE_STEPS, REMEMBERED = 25, 2000  # of Newton's method over the many; solutions
-ETA_STEP = 1e-3  # of differences over the few
-PAIRS = 4  # of antithetic draws of the many, at each of the few, in Gaussian VI
-WIDE = (1.25, 1.25, 2.0, 4.0)  # times the few's sds, of the points through which functions of them are laid, in turn
-TEMPER, LEAST = 0.25, 1e-4  # power of the marginal density by which these points weigh, and their least weight
-RIDGE = 1e-3  # of the features' coefficients, as a share of the points
-EXTREME_SD = 1e6
-CHECKED = 400  # draws on which a start is looked at
-FRESH_STARTS = 12  # from which other modes of the many are looked for
+# variance of a start's log-weights, up to which it is not laid anew: weighted draws of the few may be unlucky (varying
+# slopes: 26, where other seeds have .2 to .4), and what training makes of that is refused; and how often it is laid
+WELL, TRIES = 3.0, 2
+MOST_ENTRIES = 45_000  # of the factor, as of 300 dense coordinates: more take memory at each of hundreds of draws
+FEATURES = 36  # of polynomials in the few, at most, above degree 1: more are fitted to noise, by more solves
+MOST_DEGREE = 5  # of these: higher ones run away between the points. Chosen, not measured
+# of BFGS over the few, and its iterations: each evaluation solves for the many, and Newton's method does the rest; more
+# starts find more modes of the few. Chosen for their time
+FEW_STARTS, PATH_STEPS = 10, 40
+# for each of the few, in so many rounds, of a t of so many degrees of freedom: moments of fewer are unlucky more often,
+# and normal tails would leave a skew one out. Chosen, not measured
+MARGINAL_DRAWS, MARGINAL_ROUNDS, MARGINAL_DF = 40, 3, 5.0
+# over the few; sd over which curvature is differenced, wide enough to be that of the mass, not of its top; and of the
+# longest step, for far out the quadratic promises too much
+NEWTON_STEPS, DIFFERENCE_SDS, LONGEST_STEP = 12, 0.5, 4.0
+# of Newton's method over the many, at most, and solutions that are remembered as starts: fewer of these cost steps
+SOLVE_STEPS, REMEMBERED = 25, 2000
+ETA_STEP = 1e-3  # of differences over the few. Chosen, not measured: smaller, and what solves leave open counts
+# of antithetic draws of the many, at each of the few, in Gaussian VI: functions are laid through hundreds of these, so
+# that noise averages out. Chosen, not measured
+VI_PAIRS = 4
+# times the few's sds, of the points through which functions of them are laid, in turn: a neck lies far out, where
+# functions of the middle alone would run away; the middle, where most mass is, gets half of the points
+LAID_SPREADS = (1.25, 1.25, 2.0, 4.0)
+# power of the marginal density by which these points weigh, and their least weight: at 1 only the middle would count,
+# at 0 points beyond all mass as much as it. Chosen, not measured
+TEMPER, LEAST_WEIGHT = 0.25, 1e-4
+RIDGE = 1e-3  # of the features' coefficients, as a share of the points: less follows noise, more flattens functions
+EXTREME_SD = 1e6  # by curvature, of a unit, at most: a flat coordinate would overflow
+START_DRAWS = 400  # on which a start is looked at: the quartiles of as many log-weights tell PAYS and WELL apart
+FRESH_STARTS = 12  # from which other modes of the many are looked for: a basin of 22 % of starts is missed in 1 of 20
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class FewAndMany:
     """The many given the few, and values of the few (N, d) to start from."""
 
     inside: Conditional
     starts: Tensor
 
 
-def split(target: Target, points: Tensor) -> Split | None:
+def split(target: Target, points: Tensor) -> FewAndMany | None:
     """Which coordinates move the curvature of many, and how the others hang together; None where none do, or where the
     others' precision does not factor sparsely.
 
     Looked at twice: at points by chance, then where the others are at their best given the few found first, for a
     coordinate may matter only where no mass is. Where ``MOST_FEW`` still do, and more than these did, few are not all.
     """
-    found, seen = curvatures(target, points)
-    if not found:
+    curved, places = curvatures(target, points)
+    if not curved:
         return None
-    of = pattern(found)
-    usual = torch.stack([each.diagonal().abs() for each in found]).median(0).values
+    nonzero = pattern(curved)
+    usual = torch.stack([curvature.diagonal().abs() for curvature in curved]).median(0).values
     unit = usual.clamp(EXTREME_SD**-2, EXTREME_SD**2).rsqrt()
-    every = torch.arange(target.dim)
-    moved = _influences(target, seen, found, of, every)
-    first = _most(moved, every)
-    inside = Conditional(target, of, first, unit) if len(first) else None
+    indices = torch.arange(target.dim)
+    moved = _influences(target, places, curved, nonzero, indices)
+    first = _most(moved, indices)
+    inside = Conditional(target, nonzero, first, unit) if len(first) else None
     if inside is None or len(inside.graph.child) > MOST_ENTRIES:
         return None
-    eta = torch.stack(seen)[:, first]
+    eta = torch.stack(places)[:, first]
     best = inside.points(eta, inside.laplace(eta, eta.new_zeros(len(eta), inside.n), SOLVE_STEPS)[0])
-    found, seen = curvatures(target, best)
-    few = _most(_influences(target, seen, found, of, first), first) if found else first
+    curved, places = curvatures(target, best)
+    few = _most(_influences(target, places, curved, nonzero, first), first) if curved else first
     if len(few) == MOST_FEW and int((moved > MOVES_MANY).sum()) > MOST_FEW:
         return None
     few = few if len(few) else moved.argmax()[None]
-    return Split(inside if len(few) == len(first) else Conditional(target, of, few, unit), torch.stack(seen)[:, few])
+    return FewAndMany(
+        inside if len(few) == len(first) else Conditional(target, nonzero, few, unit), torch.stack(places)[:, few]
+    )
 
 
 def curvatures(target: Target, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The curvatures at the first POINTS of the points at which all is finite, and these."""
-    found, seen = [], []
+    curved, places = [], []
     for x in points:
-        each = curvature(target, x, torch.full_like(x, STEP))
-        if bool(each.isfinite().all()):
-            found.append(each)
-            seen.append(x)
-        if len(found) == POINTS:
+        matrix = curvature(target, x, torch.full_like(x, PATTERN_STEP))
+        if bool(matrix.isfinite().all()):
+            curved.append(matrix)
+            places.append(x)
+        if len(curved) == POINTS:
             break
-    return found, seen
+    return curved, places
 
 
-def _influences(target: Target, points: list[Tensor], found: list[Tensor], of: Tensor, among: Tensor) -> Tensor:
+def _influences(target: Target, points: list[Tensor], matrices: list[Tensor], nonzero: Tensor, among: Tensor) -> Tensor:
     """(dim,), 0 for all but some indices."""
-    step = torch.full_like(points[0], MOVE)
-    each = [influence(target, x, curved, of, step, among) for x, curved in zip(points, found, strict=True)]
+    step = torch.full_like(points[0], INFLUENCE_MOVE)
+    each = [influence(target, x, curved, nonzero, step, among) for x, curved in zip(points, matrices, strict=True)]
     return torch.stack(each).mean(0)
 
 
@@ -179,7 +199,7 @@ class _Differenced(torch.autograd.Function):
 
 def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
     """The Gaussian over the few: BFGS on their marginal, Newton steps from the best end, moments of weighted draws."""
-    ends, _ = bfgs_paths(marginal, starts[:STARTS], iterations=PATH_STEPS, tolerance=1e-2)
+    ends, _ = bfgs_paths(marginal, starts[:FEW_STARTS], iterations=PATH_STEPS, tolerance=1e-2)
     best = int(ends.value.nan_to_num(nan=-math.inf).argmax())
     if not bool(ends.value[best].isfinite()):
         return None
@@ -190,9 +210,9 @@ def locate_few(marginal: Marginal, starts: Tensor) -> Gaussians | None:
 def _weighted(marginal: Marginal, start: Gaussians) -> Gaussians:
     """The moments of p(η), by rounds of weighted draws around one Gaussian with the tails of a t; no gradients."""
     at = start
-    for _ in range(0 if late() else WEIGHTED_ROUNDS):
-        wide = Mixture(at.loc, at.scale_tril, df=TAIL_DF, fixed=True)
-        eta = wide.transform(wide.noise((WEIGHTED * marginal.dim,)))
+    for _ in range(0 if late() else MARGINAL_ROUNDS):
+        wide = Mixture(at.loc, at.scale_tril, df=MARGINAL_DF, fixed=True)
+        eta = wide.transform(wide.noise((MARGINAL_DRAWS * marginal.dim,)))
         log_w = log_density(marginal, eta) - wide.log_prob(eta)
         w = log_w.softmax(0)
         if not bool(w.isfinite().all()) or effective_sample_size(log_w) < 4 * marginal.dim:
@@ -210,15 +230,15 @@ def _newton(marginal: Marginal, eta: Tensor, covariance: Tensor) -> Gaussians:
     """
     tril = scale_of(covariance)
     for _ in range(NEWTON_STEPS):
-        points = torch.cat([eta[None], eta + WIDTH * tril.mT, eta - WIDTH * tril.mT])
+        points = torch.cat([eta[None], eta + DIFFERENCE_SDS * tril.mT, eta - DIFFERENCE_SDS * tril.mT])
         value, grad = value_and_grad(marginal, points)
         inside = grad @ tril
         ahead, behind = inside[1:].split(len(eta))
-        curved = (behind - ahead) / (2 * WIDTH)
+        curved = (behind - ahead) / (2 * DIFFERENCE_SDS)
         each, vectors = torch.linalg.eigh((curved + curved.mT) / 2)
         size = each.abs().clamp(1e-2, 1e4)
         step = vectors @ ((vectors.mT @ inside[0]) / size)
-        step = step / (step.abs().max() / LONGEST).clamp_min(1.0)
+        step = step / (step.abs().max() / LONGEST_STEP).clamp_min(1.0)
         trials = eta + torch.tensor([1.0, 0.3, 0.1]).to(eta)[:, None] * (tril @ step)
         reached, _ = value_and_grad(marginal, trials)
         if float(reached.max()) > float(value[0]):
@@ -240,14 +260,14 @@ def structured_flow(marginal: Marginal, few: Gaussians) -> Flow:
     loc, tril = few.loc[0], few.scale_tril[0]
     features = Features(torch.tensor(monomials(dim, degree_of(dim))))
     count = max(8 * len(features), 96)
-    wide = torch.tensor(WIDE).repeat(count // len(WIDE) + 1)[:count, None]
+    wide = torch.tensor(LAID_SPREADS).repeat(count // len(LAID_SPREADS) + 1)[:count, None]
     t = (wide * torch.randn(count, dim)).to(loc)
     t[0] = 0.0
     eta = loc + t @ tril.mT
     u, b, log_s = marginal.solve(eta)
     height = marginal.at(eta, u).nan_to_num(nan=-math.inf)
-    weight = (TEMPER * (height - height.max())).exp().clamp_min(LEAST)  # far out it matters where mass goes on
-    u, b, log_s = inside.variational(eta, u, b, log_s, PAIRS, 4)
+    weight = (TEMPER * (height - height.max())).exp().clamp_min(LEAST_WEIGHT)  # far out it matters where mass goes on
+    u, b, log_s = inside.variational(eta, u, b, log_s, VI_PAIRS, 4)
     graph = inside.graph
     unit_loc, unit = u.median(0).values, log_s.median(0).values.exp()
     layer = StructuredLayer(graph, features, loc, tril, unit_loc * inside.unit, unit * inside.unit)
@@ -280,12 +300,12 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
     if target.dim < LEAST_DIM or over():
         return None
     with torch.no_grad():
-        found = split(target, start_points(target, points))
-        if found is None or over() or not (asked or int(found.inside.probes[0].max()) < PROBES):
+        parts = split(target, start_points(target, points))
+        if parts is None or over() or not (asked or int(parts.inside.probes[0].max()) < PROBES):
             return None
-        marginal, tries = Marginal(found.inside), []
+        marginal, tries = Marginal(parts.inside), []
         while len(tries) < TRIES and (not tries or tries[-1][0] > WELL):
-            few = locate_few(marginal, found.starts)
+            few = locate_few(marginal, parts.starts)
             if few is None or over():
                 break
             flow = structured_flow(marginal, few)
@@ -294,13 +314,13 @@ def locate_structured(target: Target, points: Tensor | None = None, asked: bool 
             return None
         variance, flow, few = min(tries, key=lambda each: each[0])
         near = like(flow)
-        return Inside(flow, variance, near, fresh_ends(target, found.inside, few, near))
+        return Inside(flow, variance, near, fresh_ends(target, parts.inside, few, near))
 
 
 def spread_of_weights(flow: Flow, target: Target) -> float:
     """The variance of a normal with the quartiles of the log-weights: single draws in the tails, which training mends,
     do not decide."""
-    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((CHECKED,)))
+    log_w = in_blocks(lambda rows: log_weights(flow, target, rows).log_w, flow.base.noise((START_DRAWS,)))
     quartiles = log_w.nan_to_num(nan=-math.inf).quantile(torch.tensor([0.25, 0.75]).to(log_w))
     spread = float(quartiles[1] - quartiles[0]) / 1.349
     return spread**2 if math.isfinite(spread) else math.inf
@@ -308,11 +328,11 @@ def spread_of_weights(flow: Flow, target: Target) -> float:
 
 def like(flow: Flow) -> Gaussians:
     """The Gaussian of the flow's derivative at the centre of its base: for proposals, and to tell modes apart."""
-    eye = WIDTH / 5 * torch.eye(flow.dim, dtype=flow.dtype)
+    eye = DIFFERENCE_SDS / 5 * torch.eye(flow.dim, dtype=flow.dtype)
     ahead, behind, centre = (
         in_blocks(lambda z: flow().bijection.forward_and_logdet(z)[0], z) for z in (eye, -eye, 0 * eye[:1])
     )
-    rows = (ahead - behind) / (2 * WIDTH / 5)
+    rows = (ahead - behind) / (2 * DIFFERENCE_SDS / 5)
     return from_covariance(centre, (rows.mT @ rows)[None], Kind.STRUCTURED)[0]
 
 

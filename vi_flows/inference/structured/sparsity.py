@@ -10,11 +10,15 @@ from torch import Tensor
 from ...targets.target import Target
 from ..estimate.evaluate import value_and_grad
 
-STEP = 1e-4  # of differenced gradients, before the scales are known
-ZERO = 1e-9  # of the largest entry of a row, below which an entry is rounding
-MOVES = 64  # coordinates that are moved at once: D² numbers each, in blocks
-TRIED = 8  # numbers of neighbours, the highest, from where coordinates are tried as hubs
-SMALL = 3  # nodes, from where an order is not sought
+# of differenced gradients, before the scales are known. Chosen, not measured: larger blurs narrow coordinates, smaller
+# drowns wide ones in rounding
+PATTERN_STEP = 1e-4
+ZERO = 1e-9  # of the largest entry of a row, below which an entry is rounding: lower, and all seem to hang together
+MOVED_AT_ONCE = 64  # coordinates that are moved at once: D² numbers each, in blocks
+# numbers of neighbours, the highest, from where coordinates are tried as hubs: each trial colours the rest anew, and
+# more hardly ever save a product
+TRIED_DEGREES = 8
+SMALL_PART = 3  # nodes, from where an order is not sought: there is no fill to save
 
 
 def curvature(target: Target, x: Tensor, step: Tensor) -> Tensor:
@@ -28,11 +32,11 @@ def curvature(target: Target, x: Tensor, step: Tensor) -> Tensor:
 
 def pattern(curvatures: list[Tensor]) -> Tensor:
     """Where any of the curvatures (dim, dim) is not 0, symmetric, with the diagonal."""
-    found = torch.eye(len(curvatures[0]), dtype=torch.bool)
+    nonzero = torch.eye(len(curvatures[0]), dtype=torch.bool)
     for each in curvatures:
         size = each.abs().nan_to_num(nan=0.0)
-        found |= (size > ZERO * size.amax(-1, keepdim=True)).cpu()
-    return found | found.mT
+        nonzero |= (size > ZERO * size.amax(-1, keepdim=True)).cpu()
+    return nonzero | nonzero.mT
 
 
 def coloured(pattern: Tensor, apart: int) -> Tensor:
@@ -52,7 +56,7 @@ def probing(pattern: Tensor) -> tuple[Tensor, Tensor]:
     product; others from that with the colour of either side."""
     degree = pattern.sum(-1)
     best: tuple[int, Tensor, Tensor] | None = None
-    for least in [int(degree.max()) + 1, *degree.unique().flip(0).tolist()[:TRIED]]:
+    for least in [int(degree.max()) + 1, *degree.unique().flip(0).tolist()[:TRIED_DEGREES]]:
         hub = degree >= least
         rest = (~hub).nonzero()[:, 0]
         colours = torch.full_like(degree, -1)
@@ -75,15 +79,15 @@ def influence(
     among: indices that are asked about (all); 0 for others, which then cost nothing.
     """
     dim, colours = len(x), coloured(pattern, 1).to(x.device)
-    probes = STEP * torch.nn.functional.one_hot(colours).mT.to(x)
+    probes = PATTERN_STEP * torch.nn.functional.one_hot(colours).mT.to(x)
     usual = of.diagonal().nan_to_num(nan=1.0).abs().clamp_min(1e-12)
-    own = torch.arange(dim, device=x.device)
+    coordinates = torch.arange(dim, device=x.device)
     out = x.new_zeros(dim)
-    for index in (own if among is None else among).split(MOVES):
+    for index in (coordinates if among is None else among).split(MOVED_AT_ONCE):
         at = x + torch.diag(steps)[index]
         points = torch.cat([at[:, None], at[:, None] + probes], 1)
         grad = value_and_grad(target, points.reshape(-1, dim))[1].reshape(points.shape)
-        moved = ((grad[:, 0] - grad[:, 1 + colours, own]) / STEP).abs().clamp_min(1e-12)
+        moved = ((grad[:, 0] - grad[:, 1 + colours, coordinates]) / PATTERN_STEP).abs().clamp_min(1e-12)
         change = (moved / usual).log().abs().clamp_max(1.0)
         change[torch.arange(len(index)), index] = 0.0
         out[index] = change.square().sum(-1)
@@ -122,12 +126,12 @@ def _eliminated(order: list[int], near: list[set[int]]) -> tuple[list[list[int]]
 
 
 def _components(nodes: set[int], near: list[set[int]]) -> list[set[int]]:
-    left, found = set(nodes), []
+    left, parts = set(nodes), []
     while left:
         part = set().union(*_levels(next(iter(left)), left, near))
         left -= part
-        found.append(part)
-    return found
+        parts.append(part)
+    return parts
 
 
 def _levels(start: int, nodes: set[int], near: list[set[int]]) -> list[set[int]]:
@@ -142,7 +146,7 @@ def _levels(start: int, nodes: set[int], near: list[set[int]]) -> list[set[int]]
 
 def _separator(part: set[int], near: list[set[int]]) -> set[int]:
     """Nodes to be eliminated after all others of a connected part; all of it where it cannot be split."""
-    if len(part) <= SMALL:
+    if len(part) <= SMALL_PART:
         return part
     degree = {i: len(near[i] & part) for i in part}
     hub = max(part, key=lambda i: (degree[i], -i))

@@ -20,11 +20,23 @@ from .objectives import Objective, elbo
 from .source import Noise, Source
 from .step import Flat, Gradient, Loss, ReverseKL
 
-WINDOW = 50  # steps over which losses and gradient norms are compared
-SKIP, CLIP = 10.0, 2.0  # times the median gradient norm
-LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint
-CLOSE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
-GIVEN_UP_FROM = 4 * WINDOW  # steps, from where a fit may be given up: before, those that end well may look as bad
+# steps over which losses and gradient norms are compared. Chosen, not measured: shorter, and noise ends training early;
+# longer, and it goes on in vain
+WINDOW = 50
+# of Adam: with the usual .999 second moments would remember most of a training. Chosen, not measured
+BETAS = (0.9, 0.99)
+# of the steps, at the full rate before it falls: less leaves flows short, more leaves noise in. Chosen, not measured
+HELD = 0.6
+# times the median gradient norm, above which a step is skipped, or its gradient cut: lower slows training, higher lets
+# single draws in the tails throw a flow off. Chosen, not measured
+SKIP, CLIP = 10.0, 2.0
+NORMS_KNOWN = 10  # norms from which their median is one: before, no step is skipped
+MOST_ROLL_BACKS = 3  # each halves the rate: at an eighth of it what still diverges is the target's fault
+LEAST_GAIN = 2e-3  # nats over two windows, below which the ELBO stands still: a 25th of what DIVERGENCE allows
+LOST_SHARE = 0.2  # of a step's draws at −inf, above which the target needs a constraint: what is lost has no gradient
+CLOSE_VARIANCE = 4e-3  # variance of log w, twice the KL, below which a better fit would not be noticed
+# steps, from where a fit may be given up: before, those that end well may look as bad
+GIVEN_UP_FROM = 4 * WINDOW
 LONG = 50  # dimensions, above which training that leads nowhere is given up: below, it takes a minute or so
 HOPELESS = 8.0  # variance of log w, e⁻⁸ of all draws being a handful; lower, fits that long training mends are given up
 
@@ -86,14 +98,14 @@ def train(
     source = Noise(loss.flow.base, particles, stretched=path)
     loop = _Loop(loss, source, steps, lr, Gradient(loss, Flat(loss), bool(record), compile))
     result = Training(loss.flow)
-    _run(loop, result, max_seconds, give_up, report or (lambda *progress: None))
+    _run_loop(loop, result, max_seconds, give_up, report or (lambda *progress: None))
     result.note = loop.gradient.note
     if record is True and loop.gradient.refused:
         result.note = f"capture: the training step was not recorded: {loop.gradient.refused}"
     return result
 
 
-def _run(
+def _run_loop(
     loop: _Loop,
     result: Training,
     max_seconds: float | None,
@@ -125,12 +137,12 @@ class _Loop:
         self.loss, self.source, self.steps, self.lr = loss, source, steps, lr
         self.flat, self.gradient = gradient.flat, gradient
         self.vector = self.flat.vector.clone().requires_grad_()
-        self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=(0.9, 0.99), fused=True)
+        self.optimizer = torch.optim.Adam([self.vector], lr=lr, betas=BETAS, fused=True)
         self.norms: deque[float] = deque(maxlen=2 * WINDOW)
         self.variances: deque[float] = deque(maxlen=WINDOW)
         self.spreads: list[float] = []  # the median variance of each window
         self.warm_up = max(1, min(WINDOW, steps // 10))
-        self.decay_from = max(1, int(0.6 * steps))
+        self.decay_from = max(1, int(HELD * steps))
         self.ends_at = steps
         self.why = "all steps were used"
         self.good = self._checkpoint()
@@ -146,7 +158,7 @@ class _Loop:
         """One Adam step; a bad one is undone."""
         self.optimizer.param_groups[0]["lr"] = self.rate(i)
         gradient, log_w = self.gradient(self.vector, self.source.batch())
-        log_w = log_w[: self.source.told]
+        log_w = log_w[: self.source.watched]
         alive = log_w[log_w > -torch.inf]
         result.lost += len(log_w) - len(alive)
         result.drawn += len(log_w)
@@ -164,7 +176,7 @@ class _Loop:
             self.spreads.append(statistics.median(self.variances))
 
     def _apply(self, i: int, gradient: Tensor, norm: float, result: Training) -> None:
-        typical = statistics.median(self.norms) if len(self.norms) >= 10 else norm
+        typical = statistics.median(self.norms) if len(self.norms) >= NORMS_KNOWN else norm
         self.norms.append(norm)
         if norm > SKIP * typical:
             result.skipped += 1
@@ -181,7 +193,7 @@ class _Loop:
             result.reason = self.why
             return True
         if i + 1 < self.decay_from and (i + 1) % (WINDOW // 2) == 0 and len(self.variances) == WINDOW:
-            if statistics.fmean(self.variances) < CLOSE:
+            if statistics.fmean(self.variances) < CLOSE_VARIANCE:
                 self._decay(i + 1, WINDOW, "log-weights were all but constant")
             elif len(result.elbo) >= 4 * WINDOW and _stationary(result.elbo):
                 self._decay(i + 1, max(2 * WINDOW, (i + 1) // 2), "the ELBO was stationary")
@@ -219,7 +231,7 @@ class _Loop:
 
     def _roll_back(self, i: int, result: Training) -> None:
         result.rolled_back += 1
-        if result.rolled_back > 3:
+        if result.rolled_back > MOST_ROLL_BACKS:
             raise DivergedError(
                 f"fit: log-weights or gradients were not finite at step {i}, for the fourth time at learning rate "
                 f"{self.lr:.1e}; lower lr=, or look for overflow in the target"
@@ -235,4 +247,4 @@ def _stationary(trace: list[float]) -> bool:
     late, early = trace[-2 * WINDOW :], trace[-4 * WINDOW : -2 * WINDOW]
     gain = statistics.fmean(late) - statistics.fmean(early)
     noise = math.sqrt((statistics.variance(late) + statistics.variance(early)) / len(late))
-    return gain < max(noise, 2e-3)
+    return gain < max(noise, LEAST_GAIN)

@@ -18,8 +18,9 @@ from ...targets.target import Target
 from ..estimate.weights import log_weights
 from .objectives import Objective, elbo
 
-WAIT = 8  # steps before one is recorded: about what recording takes
-AGREEMENT = 1e-6  # of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+STEPS_BEFORE_RECORDING = 8  # steps before one is recorded: about what recording takes
+# of a recorded step with the eager one, relative to the largest entry: rounding of ill-conditioned p
+STEP_TOLERANCE = 1e-6
 
 Pair = tuple[Tensor, Tensor]
 
@@ -27,8 +28,8 @@ Pair = tuple[Tensor, Tensor]
 class Loss(nn.Module):
     """What a training step makes small, as a module, so that ``functional_call`` makes it pure in its parameters.
 
-    forward(batch, ...) -> (loss, told): a scalar, and values without a graph by which training is watched: log-weights,
-    row by row, or sums over rows. failed_rows: at how many rows a matrix routine has raised so far.
+    forward(batch, ...) -> (loss, watched): a scalar, and values without a graph by which training is watched:
+    log-weights, row by row, or sums over rows. failed_rows: at how many rows a matrix routine has raised so far.
     """
 
     failed_rows = 0
@@ -76,10 +77,11 @@ class Flat:
 
 
 class Gradient:
-    """(gradient, told) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
+    """(gradient, watched) of a loss at (vector, batch): eagerly, then as recorded operations, or compiled ones.
 
-    A step is recorded once it has run ``WAIT`` times, from the first if it is to be compiled, and checked against the
-    eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say) the eager one decides.
+    A step is recorded once it has run ``STEPS_BEFORE_RECORDING`` times, from the first if it is to be compiled, and
+    checked against the eager one on another vector and another batch. Where a recorded step raises (a Cholesky, say)
+    the eager one decides.
 
     refused: why steps cannot be recorded, or "". note: why they are not compiled although asked to be, or "".
     """
@@ -94,7 +96,7 @@ class Gradient:
 
     def __call__(self, vector: Tensor, batch: Tensor) -> Pair:
         self.calls += 1
-        if self.run is None and self.record and (self.compiled or self.calls > WAIT):
+        if self.run is None and self.record and (self.compiled or self.calls > STEPS_BEFORE_RECORDING):
             self.calls = 0
             self._record(vector.detach(), batch)
         if self.run is None:
@@ -104,9 +106,9 @@ class Gradient:
     def eagerly(self, vector: Tensor, batch: Tensor) -> Pair:
         vector = vector.detach().requires_grad_()
         with torch.enable_grad():
-            loss, told = functional_call(self.loss, self.flat.views(vector), (batch,))
+            loss, watched = functional_call(self.loss, self.flat.views(vector), (batch,))
             (gradient,) = torch.autograd.grad(loss, vector)
-        return gradient, told
+        return gradient, watched
 
     def _recorded(self, vector: Tensor, batch: Tensor) -> Pair | None:
         """By the recorded operations; None where they raise, or where compiling has taken out what would have."""
@@ -115,10 +117,10 @@ class Gradient:
             return None
         try:
             with torch.no_grad():
-                gradient, told = self.run(vector.detach(), batch)
+                gradient, watched = self.run(vector.detach(), batch)
         except RuntimeError:  # LinAlgError is one
             return None
-        return (gradient, told) if not self.compiled or bool(gradient.isfinite().all()) else None
+        return (gradient, watched) if not self.compiled or bool(gradient.isfinite().all()) else None
 
     def _record(self, vector: Tensor, batch: Tensor) -> None:
         failed = self.loss.failed_rows
@@ -130,7 +132,7 @@ class Gradient:
                 return  # these operations go around a row that failed: record another step
             run = _compile(self.program.run, vector, batch) if self.compiled else self.program
             with torch.no_grad():
-                if not agree(run(*other), expected, AGREEMENT):
+                if not agree(run(*other), expected, STEP_TOLERANCE):
                     raise NotRecordedError("it differs from the eager step")
             self.run = run
         except Exception as error:  # what a target or a compiler may raise is not known; the eager step stands
