@@ -23,7 +23,7 @@ from .pyro_refusals import (
     check_supports,
     support_of,
 )
-from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is_factor, is_plate, seeded
+from .pyro_run import NUMERICAL, ModelRun, Values, is_data, is_deterministic, is_factor, is_plate, seeded_in_use
 
 Node = dict[str, Any]
 PRIOR_RUNS = 3  # compared with one another: a random structure or support shows as a difference
@@ -239,7 +239,7 @@ def _site(site: Node, start: int, nodes: dict[str, Node]) -> Site:
 def plate_dims(run: ModelRun, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
     """{"theta": ["schools"]}: names of the axes of values of these shapes, plates as one run from the prior shows."""
     try:
-        with seeded(0):
+        with seeded_in_use(0):
             nodes = run.prior().nodes
     except NUMERICAL:  # names are a convenience
         return {}
