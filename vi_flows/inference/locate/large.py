@@ -157,7 +157,7 @@ def locate_large(target: Target, starts: Tensor) -> tuple[Gaussians, Gaussians]:
 def lbfgs_paths(target: Target, starts: Tensor, tolerance: float = 1e-4) -> tuple[LbfgsPaths, list[LowRank]]:
     """Ends of L-BFGS ascent in lockstep, the highest first, and the Gaussians of the best ELBO on the LBFGS_PATHS best.
 
-    A path stops as in :func:`optimise.bfgs_paths`, by the gain in nats that its quadratic model promises.
+    A path stops as in :func:`ascent.bfgs_paths`, by the gain in nats that its quadratic model promises.
     """
     value, grad = value_and_grad(target, starts)
     norm = torch.linalg.vector_norm(grad, dim=-1, keepdim=True).clamp_min(1.0)
