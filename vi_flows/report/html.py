@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from ..inference.estimate.evaluate import log_density
 from ..inference.estimate.psis import smooth
 from ..inference.estimate.quantities import flatten
-from ..inference.judge.fitted import Fitted, fixed
+from ..inference.judge.fitted import Fitted, Settings, fixed
 from ..inference.locate.gaussian import Kind
 from ..inference.options import Options
 from ..targets import Energy, LogDensity, PyroModel, Target
@@ -64,7 +65,7 @@ def page(posterior: Fitted) -> str:
         seconds=seconds,
         stages=[(name, f"{s:.2f}", f"{s / max(seconds, 1e-9):.0%}") for name, s in posterior.timing.items()],
         code=code(posterior),
-        settings={name: repr(value) for name, value in vars(posterior.settings).items()},
+        settings={name: repr(value) for name, value in _shown(posterior.settings).items()},
     )
 
 
@@ -135,6 +136,12 @@ def _observed(posterior: Fitted) -> list[tuple[str, ...]]:
         shape = " × ".join(map(str, value.shape)) or "one value"
         rows.append((name, shape, str(value.dtype), *(_number(float(end)) for end in value.aminmax())))
     return rows
+
+
+def _shown(settings: Settings) -> dict[str, Any]:
+    """What was recorded, options by their own names."""
+    plain = {name: value for name, value in vars(settings).items() if name != "options"}
+    return {**plain, **settings.options}
 
 
 def code(posterior: Fitted) -> str:
