@@ -150,7 +150,8 @@ def code(posterior: Fitted) -> str:
     """
     settings, defaults = posterior.settings, vars(Options())
     fitted, recipe = "training" in posterior.timing, settings.recipe
-    given = {"flow": settings.flow or recipe, "seed": settings.seed, **settings.options}
+    given = {"flow": settings.flow or recipe, "seed": settings.seed}
+    given |= {name: value for name, value in settings.options.items() if name in defaults}
     given = {name: value for name, value in given.items() if value != defaults.get(name)}
     options = [f"{name}={value if name == 'dtype' else repr(value)}" for name, value in given.items()]
     needed, arguments = _target_code(posterior.target)
