@@ -84,7 +84,6 @@ class PyroModel(Target):
             choose_mode(self)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PyroModel:
-        """The same model with its arguments in another dtype or on another device."""
         other = object.__new__(PyroModel)
         other._call = self._call
         other._prepare(dtype or self.dtype, device or self.device)
@@ -147,7 +146,6 @@ class PyroModel(Target):
 
     @property
     def capture_refused(self) -> str:
-        """Why evaluations cannot be recorded, or ""."""
         return self._captured.refused if self.mode == "vmap" else f"it is evaluated by {self.mode}"
 
     def forget(self) -> None:
@@ -168,7 +166,6 @@ class PyroModel(Target):
         return believed(self.as_computed(x))
 
     def as_computed(self, x: Tensor) -> Tensor:
-        """log p of each row of x (N, dim), as (N,), whatever the model's arithmetic gives."""
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise ValueError(f"x: expected shape (N, {self.dim}), got {tuple(x.shape)}; pass one point per row")
         inside = x.to(dtype=self.dtype, device=self.device)
@@ -250,11 +247,9 @@ class PyroModel(Target):
         return [name for site in self.sites for name in site.coordinate_names()]
 
     def plate_dims(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
-        """{"theta": ["schools"]}: for values of these shapes, names of the axes of those that lie in plates."""
         return plate_dims(self._run, shapes)
 
     def account(self) -> list[str]:
-        """Sentences on what the model was given: its data, or that it has none, and what is held fixed."""
         return account(self.observed, self.factors, self.fixed)
 
     def _transform(self, x: Tensor, raw: Values | None = None) -> tuple[Values, Tensor | None]:
