@@ -19,6 +19,7 @@ import torch
 import vi_flows as vf
 from vi_flows.inference import candidates as fit_module
 from vi_flows.inference.estimate.weights import log_weights, mean_elbo
+from vi_flows.inference.options import Options
 from vi_flows.inference.train import loop as training
 from vi_flows.inference.train.loop import train
 from vi_flows.running import FLOOR, Clock, late
@@ -651,3 +652,5 @@ def test_signature_says_what_can_be_asked():
     options = inspect.signature(vf.fit).parameters
     assert {"steps", "particles", "lr", "max_seconds", "num_draws", "init", "reparam", "rehearse"} <= set(options)
     assert options["steps"].default == 1500 and options["max_seconds"].default is None
+    for field in dataclasses.fields(Options):
+        assert options[field.name].default == field.default, field.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -81,23 +82,9 @@ def fit(
     ------
     TypeError for an unknown option; ValueError, in one line, for a target that cannot be fitted; DivergedError.
     """
-    options = Options(
-        steps=steps,
-        particles=particles,
-        lr=lr,
-        max_seconds=max_seconds,
-        num_draws=num_draws,
-        dtype=dtype,
-        device=device,
-        init=init,
-        threads=threads,
-        capture=capture,
-        compile=compile,
-        correct=correct,
-        reparam=reparam,
-        rehearse=rehearse,
-    )
-    check_keywords(fit, target_or_model, kwargs, {"flow": flow, "seed": seed, "progress": progress, **vars(options)})
+    given = dict(locals())
+    options = Options(**{field.name: given[field.name] for field in fields(Options)})
+    check_keywords(fit, target_or_model, kwargs, given)
     with seeded(seed), torch_threads(threads), Progress(progress) as bar:
         target = prepare(resolve_target(target_or_model, *args, **kwargs), options)
         if rehearse:

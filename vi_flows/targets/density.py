@@ -29,7 +29,6 @@ class LogDensity(Target):
     """
 
     sign = 1
-    movable = True
 
     def __init__(self, fn: Callable[[Tensor], Tensor], dim: int, nonfinite: str = "raise") -> None:
         if not callable(fn):

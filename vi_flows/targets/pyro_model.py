@@ -47,8 +47,6 @@ class PyroModel(Target):
     random numbers, data that are empty, not finite, or broadcast against their distribution.
     """
 
-    movable = True
-
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._call = (model, args, kwargs)
         try:

@@ -16,7 +16,7 @@ class Target:
     besides, with answers that hold for a plain density.
 
     Attributes: dim, D. argument: what the user calls the function, for messages. dtype, device: where log p is
-    evaluated; movable: whether :meth:`to` gives others. nonfinite: what :func:`check_finite` does with NaN and +inf
+    evaluated. nonfinite: what :func:`check_finite` does with NaN and +inf
     beside values that matter: "raise", or "skip" (weight 0, counted). failed_rows: at how many rows a matrix routine
     raised. names: of the latent sites of a model, None for a density; observed: its data by name; prior: count ->
     draws of its prior (count, dim); mode, mode_reason: how a batch is evaluated; capture, capture_refused: whether by
@@ -27,7 +27,6 @@ class Target:
     argument = "log_prob"
     dtype: torch.dtype = torch.float64
     device: torch.device | None = None
-    movable = False
     nonfinite = "raise"
     failed_rows = 0
     names: Sequence[str] | None = None
@@ -67,6 +66,11 @@ class Target:
     def fresh(self, capture: bool | str) -> Target:
         """The target as it is now, evaluated by recorded operations or not, for a fit that begins."""
         return self
+
+    @property
+    def movable(self) -> bool:
+        """Whether :meth:`to` gives others."""
+        return type(self).to is not Target.to
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Target:
         """The same target in another dtype or on another device. Raises ValueError where there is none."""
