@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vi_flows as vf
-from vi_flows.flows.linear import LowerTriangular
+from vi_flows.flows.layers.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference.correct import anneal as correct
 from vi_flows.inference.correct import smc as annealing

@@ -27,9 +27,9 @@ from vi_flows.flows import (
     affine,
 )
 from vi_flows.flows.bijection import Leading, LeadingLayers
-from vi_flows.flows.conditioner import Swept
+from vi_flows.flows.conditioners.conditioner import Swept
 from vi_flows.flows.distribution import exact
-from vi_flows.flows.linear import LowerTriangular
+from vi_flows.flows.layers.linear import LowerTriangular
 from vi_flows.vae.model import Architecture, build
 from vi_flows.vae.refine import refine
 from vi_flows.vae.training import parameter_groups

@@ -9,15 +9,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_flows.flows import recipes
 from vi_flows.flows.bases import Mixture, StandardNormal, StudentT
-from vi_flows.flows.coupling import Coupling, Split
+from vi_flows.flows.conditioners.mlp import MLP
 from vi_flows.flows.distribution import NotConverged
 from vi_flows.flows.inversion import monotone_root, where_converged
-from vi_flows.flows.linear import LU, FullAffine, LowerTriangular, Permutation
-from vi_flows.flows.lowrank import Planar, TanhRecurrence
-from vi_flows.flows.networks import MLP
+from vi_flows.flows.layers.coupling import Coupling, Split
+from vi_flows.flows.layers.linear import LU, FullAffine, LowerTriangular, Permutation
+from vi_flows.flows.layers.lowrank import Planar, TanhRecurrence
 from vi_flows.flows.parameters import Fixed
-from vi_flows.flows.splines import RationalQuadratic
-from vi_flows.flows.univariate import Affine, affine
+from vi_flows.flows.univariates.rational_quadratic import RationalQuadratic
+from vi_flows.flows.univariates.univariate import Affine, affine
 from vi_flows.testing import check_flow
 from vi_flows.testing.flow import check_start
 

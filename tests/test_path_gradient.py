@@ -14,7 +14,7 @@ from vi_flows.flows.bases import Mixture, StudentT
 from vi_flows.flows.bijection import Bijection
 from vi_flows.flows.distribution import Flow
 from vi_flows.flows.inversion import where_converged
-from vi_flows.flows.lowrank import Radial
+from vi_flows.flows.layers.lowrank import Radial
 from vi_flows.flows.parameters import Parametric
 from vi_flows.guides.auto_flow import PathScored
 from vi_flows.inference.train import step as steps_module

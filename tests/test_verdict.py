@@ -13,7 +13,7 @@ import torch
 import vi_flows as vf
 from vi_flows.flows.bases import StandardNormal
 from vi_flows.flows.distribution import Flow
-from vi_flows.flows.linear import LowerTriangular
+from vi_flows.flows.layers.linear import LowerTriangular
 from vi_flows.flows.parameters import Fixed
 from vi_flows.inference import bounds
 from vi_flows.inference.estimate.psis import hidden, khat, khat_upper, tail_size

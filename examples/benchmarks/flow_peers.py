@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import vi_flows as vf
 from vi_flows.flows import MLP, Autoregressive, Coupling, Flow, MaskedMLP, Split
-from vi_flows.flows.splines import rational_quadratic
+from vi_flows.flows.univariates.rational_quadratic import rational_quadratic
 
 LAYERS = {
     "planar": 8,

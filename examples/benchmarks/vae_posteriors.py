@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vi_flows import recipes
 from vi_flows.flows.distribution import Flow
-from vi_flows.flows.linear import FullAffine
+from vi_flows.flows.layers.linear import FullAffine
 from vi_flows.flows.parameters import Parametric
 from vi_flows.vae.data import Images, load
 from vi_flows.vae.evaluation import Estimate

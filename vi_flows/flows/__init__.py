@@ -3,15 +3,15 @@
 The names here are what a flow of your own is written with; the families are in ``vf.recipes``.
 """
 
-from .autoregressive import Autoregressive
 from .bijection import Bijection, Compose, Inverse, Inverted, Layer
-from .conditioner import Conditioner
-from .coupling import Coupling, Split
+from .conditioners.conditioner import Conditioner
+from .conditioners.masked import MaskedMLP
+from .conditioners.mlp import MLP
 from .distribution import Flow, FlowDistribution
-from .masked import MaskedMLP
-from .networks import MLP
+from .layers.autoregressive import Autoregressive
+from .layers.coupling import Coupling, Split
 from .parameters import Fixed, Parametric
-from .univariate import Chain, Univariate, affine
+from .univariates.univariate import Chain, Univariate, affine
 
 __all__ = [
     "MLP",

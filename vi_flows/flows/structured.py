@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import whole
+from .algebra import bounded, matvec, solve_triangular
 from .bases import Base, StandardNormal, StudentT
 from .bijection import Bijection, Layer, LeadingLayers, pulled_back
 from .distribution import Flow
-from .linear import bounded, matvec, solve_triangular
 from .recipes import spline
 from .recursion import Graph, taken
 

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 
 from ..flows.bijection import Layer
 from ..flows.distribution import Flow, FlowDistribution
-from ..flows.linear import LowerTriangular
+from ..flows.layers.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..inference.judge.fitted import Fitted
 from ..inference.locate.centring import centred

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..errors import first_line
 from ..flows.bases import Base
 from ..flows.distribution import Flow
-from ..flows.linear import LowerTriangular
+from ..flows.layers.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..inference.estimate.evaluate import BLOCK_ROWS, in_blocks
 from ..inference.locate.gaussian import Kind, from_covariance

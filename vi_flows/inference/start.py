@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..flows import recipes
 from ..flows.bases import Base
 from ..flows.distribution import Flow
-from ..flows.linear import LowerTriangular
+from ..flows.layers.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..targets import Target
 from ..targets.target import is_model

@@ -16,7 +16,7 @@ from ..atomic import replacing
 from ..flows import recipes
 from ..flows.bases import Mixture
 from ..flows.distribution import Flow
-from ..flows.linear import LowerTriangular
+from ..flows.layers.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..flows.structured import rebuilt
 from ..targets.target import Target

@@ -13,7 +13,7 @@ from ..flows import recipes
 from ..flows.bases import Base, Mixture, StandardNormal, StudentT
 from ..flows.bijection import Bijection, Layer
 from ..flows.distribution import Flow
-from ..flows.linear import LowerTriangular
+from ..flows.layers.linear import LowerTriangular
 from ..flows.parameters import Fixed
 from ..inference.estimate.evaluate import in_blocks
 from ..running import seeded

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from ..arguments import one_of, whole
 from ..flows import recipes
+from ..flows.bases import StandardNormal
 from ..flows.distribution import Flow
 from .likelihoods import LIKELIHOODS, Likelihood
 from .networks import NETWORKS
@@ -72,7 +73,7 @@ class VAE(nn.Module):
         self, encoder: nn.Module, posterior: Flow, decoder: nn.Module, likelihood: Likelihood, prior: Flow | None = None
     ):
         super().__init__()
-        prior = Flow([], recipes.StandardNormal(posterior.dim)) if prior is None else prior
+        prior = Flow([], StandardNormal(posterior.dim)) if prior is None else prior
         if posterior.context is None:
             raise ValueError("posterior: expected a flow with a context, got one without; pass context= to its recipe")
         if prior.context is not None or prior.dim != posterior.dim:

@@ -20,7 +20,7 @@ from ..arguments import one_of, whole
 from ..errors import DivergedError
 from ..flows.distribution import Flow
 from ..flows.parameters import Conditioned, Parametric
-from ..flows.univariate import Univariate
+from ..flows.univariates.univariate import Univariate
 from ..inference.train.step import Loss
 from .bounds import bound
 from .data import Images

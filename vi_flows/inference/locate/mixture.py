@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...flows.bases import Mixture
-from ...flows.linear import LowerTriangular
+from ...flows.layers.linear import LowerTriangular
 from ...flows.parameters import Fixed
 from ...running import late
 from ...targets.target import Target

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .parameters import Conditioned
+from ..parameters import Conditioned
 
 Network = Callable[[Tensor], Tensor]  # z (*batch, inputs) -> raw (*batch, count, features); it holds tensors
 

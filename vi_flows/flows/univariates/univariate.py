@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..arguments import whole
-from .bijection import Bijection, Compose
-from .linear import LOG_SCALE_BOUND, bounded
+from ...arguments import whole
+from ..algebra import LOG_SCALE_BOUND, bounded
+from ..bijection import Bijection, Compose
 
 
 class Univariate(nn.Module):

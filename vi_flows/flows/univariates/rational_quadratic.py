@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .bijection import Bijection, pulled_back
-from .linear import bounded
+from ..algebra import bounded
+from ..bijection import Bijection, pulled_back
 from .univariate import Univariate
 
 LOG_BOUND = 3.0  # inner slopes are within e^±3, and

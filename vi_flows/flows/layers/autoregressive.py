@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor
 
-from .bijection import Bijection, Layer, pulled_back
-from .conditioner import Conditioner, Network, Passes, Swept
-from .univariate import Univariate
+from ..bijection import Bijection, Layer, pulled_back
+from ..conditioners.conditioner import Conditioner, Network, Passes, Swept
+from ..univariates.univariate import Univariate
 
 CHEAP = 2  # raw numbers a coordinate, up to which a univariate costs less than its network (affine, not splines)
 SWEEP_DIMS = 16  # coordinates, from which on a few passes of the whole network are cheaper than a sweep

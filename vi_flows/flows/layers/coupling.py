@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .bijection import Bijection, Layer, pulled_back
-from .conditioner import Conditioner, Network
-from .univariate import Univariate
+from ..bijection import Bijection, Layer, pulled_back
+from ..conditioners.conditioner import Conditioner, Network
+from ..univariates.univariate import Univariate
 
 
 class Split(nn.Module):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .bijection import Bijection
-from .inversion import monotone_root, where_converged
-from .linear import matvec, solve_triangular
+from ..algebra import matvec, solve_triangular
+from ..bijection import Bijection
+from ..inversion import monotone_root, where_converged
 
 INVERTIBLE_MARGIN = 1e-3  # from the edge of invertibility: tanh(10) · tanh(−10) is −1 in float32
 

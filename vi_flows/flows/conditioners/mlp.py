@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import hardtanh, linear, pad, silu
 
+from ..parameters import START_SD
 from .conditioner import Conditioner
-from .parameters import START_SD
 
 # a network sees z clamped to ±INPUT_REACH: beyond it, in the far tails, its output no longer changes
 INPUT_REACH = 10.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardtanh, silu
 
-from .networks import INPUT_REACH, MLP, Perceptron, check_hidden
+from .mlp import INPUT_REACH, MLP, Perceptron, check_hidden
 
 
 def degrees(dim: int, hidden: Sequence[int]) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""A context in, the network from z to raw numbers out."""

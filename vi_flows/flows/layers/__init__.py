@@ -1,0 +1,1 @@
+"""Bijections of all coordinates together, and the layers that make them."""

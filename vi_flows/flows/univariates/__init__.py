@@ -1,0 +1,1 @@
+"""Elementwise bijections, of raw numbers that a conditioner makes."""
